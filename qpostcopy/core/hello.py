@@ -1,0 +1,208 @@
+"""The greeting of a lane: both sides agree on the migration before any page moves.
+
+Blocking, with a deadline; called from a thread. The codec is C (wire.c).
+"""
+
+from __future__ import annotations
+
+import hmac
+import socket
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from qpostcopy.core.calls import CoreError, call, ffi, lib
+from qpostcopy.core.types import PAGE_BYTES, RamBlock
+from qpostcopy.errors import QpostcopyError
+
+#: A peer that vanished without a word is noticed after this long.
+DEAD_PEER_MS = 15_000
+
+
+class HelloError(QpostcopyError):
+    """The lane's peer is not who it should be, or does not want us."""
+
+
+class LaneKind(IntEnum):
+    DEMAND = 1
+    PUSH = 2
+
+
+class Verdict(IntEnum):
+    """What a hello says; the values of `enum qpc_hello_status`."""
+
+    OFFER = 1
+    ACCEPT = 2
+    VERSION = 3
+    IDENTITY = 4
+    BLOCKS = 5
+    LANE = 6
+
+
+REFUSALS = {
+    Verdict.VERSION: "it speaks other versions of the lane protocol",
+    Verdict.IDENTITY: "it serves another migration, or the token differs",
+    Verdict.BLOCKS: "its RAM blocks differ",
+    Verdict.LANE: "it does not expect this lane",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who greets: the migration, and which of its lanes this is."""
+
+    migration_id: str
+    token: bytes
+    kind: LaneKind
+    index: int
+    blocks: tuple[RamBlock, ...]
+    features: int = 0
+
+
+def greet(sock: socket.socket, hello: Hello, timeout_seconds: float) -> None:
+    """Page server's side: offer, and wait to be accepted.
+
+    :raise HelloError: refused, or not answered in time.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    _prepare(sock)
+    _send(sock, _encode(hello, Verdict.OFFER), deadline)
+    answer = _receive(sock, deadline)
+    verdict = Verdict(answer.status)
+    if verdict in REFUSALS:
+        raise HelloError(
+            f"the handler refused the {hello.kind.name.lower()} lane {hello.index}: "
+            f"{REFUSALS[verdict]}"
+        )
+    if verdict is not Verdict.ACCEPT or not _common_version(answer):
+        raise HelloError("the handler's answer to our hello makes no sense")
+    sock.settimeout(None)
+
+
+def welcome(sock: socket.socket, expected: Hello, timeout_seconds: float) -> tuple[LaneKind, int]:
+    """Handler's side: read the offer, check it, accept or refuse it.
+
+    `expected.kind` and `expected.index` are not looked at: which lane it is, is
+    the answer. A stranger learns nothing but which check it failed.
+
+    :raise HelloError: the peer was refused, or is no page server.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    _prepare(sock)
+    offer = _receive(sock, deadline)
+    verdict, why = _judge(offer, expected)
+    answer = Hello("", b"", LaneKind(offer.lane_kind), offer.lane_index, ())
+    _send(sock, _encode(answer, verdict), deadline)
+    if verdict is not Verdict.ACCEPT:
+        raise HelloError(f"refused a lane: {why}")
+    sock.settimeout(None)
+    return answer.kind, answer.index
+
+
+def _judge(offer: Any, expected: Hello) -> tuple[Verdict, str]:
+    theirs = ffi.string(offer.migration_id).decode(errors="replace")
+    if offer.status != Verdict.OFFER:
+        return Verdict.LANE, "its hello is no offer"
+    if not hmac.compare_digest(bytes(offer.token), expected.token):
+        return Verdict.IDENTITY, f"wrong token (for migration {theirs!r})"
+    if theirs != expected.migration_id:
+        return Verdict.IDENTITY, f"migration {theirs!r}, not {expected.migration_id!r}"
+    if not _common_version(offer):
+        return Verdict.VERSION, (
+            f"versions {offer.version_lowest}..{offer.version_highest}, "
+            f"ours {lib.QPC_VERSION_LOWEST}..{lib.QPC_VERSION_HIGHEST}"
+        )
+    blocks = _blocks_of(offer)
+    if offer.page_bytes != PAGE_BYTES or blocks != expected.blocks:
+        return Verdict.BLOCKS, f"RAM blocks {blocks}, ours {expected.blocks}"
+    return Verdict.ACCEPT, ""
+
+
+def _common_version(hello: Any) -> int:
+    return int(
+        lib.qpc_version_choose(
+            lib.QPC_VERSION_LOWEST,
+            lib.QPC_VERSION_HIGHEST,
+            hello.version_lowest,
+            hello.version_highest,
+        )
+    )
+
+
+def _blocks_of(hello: Any) -> tuple[RamBlock, ...]:
+    return tuple(
+        RamBlock(
+            ffi.string(hello.blocks[i].name).decode(errors="replace"), hello.blocks[i].size_bytes
+        )
+        for i in range(hello.block_count)
+    )
+
+
+def _encode(hello: Hello, verdict: Verdict) -> bytes:
+    assert len(hello.blocks) <= lib.QPC_BLOCKS_MAX
+    raw = ffi.new("struct qpc_hello *")
+    raw.version_lowest = lib.QPC_VERSION_LOWEST
+    raw.version_highest = lib.QPC_VERSION_HIGHEST
+    raw.status = verdict
+    raw.lane_kind = hello.kind
+    raw.lane_index = hello.index
+    raw.page_bytes = PAGE_BYTES
+    raw.features = hello.features
+    ffi.memmove(raw.migration_id, hello.migration_id.encode(), len(hello.migration_id.encode()))
+    ffi.memmove(raw.token, hello.token, len(hello.token))
+    raw.block_count = len(hello.blocks)
+    for entry, block in zip(raw.blocks, hello.blocks, strict=False):
+        entry.size_bytes = block.size_bytes
+        ffi.memmove(entry.name, block.name.encode(), len(block.name.encode()))
+    out = ffi.new("uint8_t[]", lib.QPC_HELLO_HEADER_BYTES + lib.QPC_HELLO_BODY_MAX)
+    return bytes(ffi.buffer(out, lib.qpc_hello_encode(raw, out)))
+
+
+def _receive(sock: socket.socket, deadline: float) -> Any:
+    header = _receive_exactly(sock, lib.QPC_HELLO_HEADER_BYTES, deadline)
+    body_bytes = ffi.new("size_t *")
+    raw = ffi.new("struct qpc_hello *")
+    try:
+        call(lib.qpc_hello_body_bytes, header, body_bytes)
+        whole = header + _receive_exactly(sock, int(body_bytes[0]), deadline)
+        call(lib.qpc_hello_decode, whole, len(whole), raw)
+    except CoreError as error:
+        raise HelloError(f"not a lane of qpostcopy: {error}") from error
+    return raw
+
+
+def _receive_exactly(sock: socket.socket, length: int, deadline: float) -> bytes:
+    parts = b""
+    while len(parts) < length:
+        got = _bounded(sock, deadline, sock.recv, length - len(parts))
+        if not got:
+            raise HelloError("the peer hung up during the hello")
+        parts += got
+    return parts
+
+
+def _send(sock: socket.socket, data: bytes, deadline: float) -> None:
+    _bounded(sock, deadline, sock.sendall, data)
+
+
+def _bounded(sock: socket.socket, deadline: float, operation: Any, argument: Any) -> Any:
+    sock.settimeout(max(deadline - time.monotonic(), 0.001))
+    try:
+        return operation(argument)
+    except TimeoutError as error:
+        raise HelloError("the peer did not finish its hello in time") from error
+    except OSError as error:
+        raise HelloError(f"the lane broke during the hello: {error}") from error
+
+
+def _prepare(sock: socket.socket) -> None:
+    """Small frames at once; a peer that is gone without a word is noticed."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_MS)

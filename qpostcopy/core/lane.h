@@ -1,0 +1,55 @@
+/* One lane: a connected stream socket that carries frames in both directions.
+ *
+ * Nothing here blocks without watching the stop descriptor too, and a frame
+ * that has begun must go on: a peer that stalls in the middle of one for
+ * QPC_STALL_MS is given up. File descriptors are borrowed. */
+#ifndef QPC_LANE_H
+#define QPC_LANE_H
+
+#include <poll.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "error.h"
+#include "wire.h"
+
+#define QPC_STALL_MS 30000
+
+struct qpc_lane {
+    int fd;
+    int stop_fd; /* readable: leave whatever you do with QPC_STOPPED */
+    const uint64_t *block_pages;
+    unsigned block_count;
+    uint8_t *buffer;
+    size_t capacity, start, end; /* bytes [start, end) are read and not yet parsed */
+    int64_t stalled_since_us;    /* 0: not in the middle of a frame */
+    uint64_t received_bytes;
+};
+
+int qpc_lane_init(struct qpc_lane *lane, int fd, int stop_fd, const uint64_t *block_pages,
+                  unsigned block_count, struct qpc_error *error);
+void qpc_lane_deinit(struct qpc_lane *lane);
+
+/* The next whole frame, without blocking. QPC_OK: *frame and *payload (valid
+ * until the next call); QPC_TIMEOUT with error_number EAGAIN: none yet, see
+ * qpc_lane_wait; QPC_CLOSED at a frame's edge; QPC_PROTOCOL; QPC_SYSTEM. */
+int qpc_lane_next(struct qpc_lane *lane, struct qpc_frame *frame, const uint8_t **payload,
+                  struct qpc_error *error);
+
+/* Block until the lane can be read (QPC_OK), the stop descriptor is (QPC_STOPPED),
+ * or `timeout_ms` passed (QPC_TIMEOUT; -1: wait, but not for a stalled frame). */
+int qpc_lane_wait(struct qpc_lane *lane, int timeout_ms, struct qpc_error *error);
+
+/* Write all of `parts` (which it changes) or fail. */
+int qpc_lane_write(struct qpc_lane *lane, struct iovec *parts, int count, struct qpc_error *error);
+int qpc_lane_write_frame(struct qpc_lane *lane, const struct qpc_frame *frame,
+                         struct qpc_error *error);
+
+/* How long poll may wait before a stalled frame is due; -1: for ever. */
+int qpc_lane_poll_ms(const struct qpc_lane *lane);
+
+/* QPC_TIMEOUT if the frame in progress has stalled for too long. */
+int qpc_lane_check_stall(const struct qpc_lane *lane, struct qpc_error *error);
+
+#endif

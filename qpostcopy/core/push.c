@@ -1,0 +1,286 @@
+/* Pushing: what a page server sends unasked, in the order of the schedule.
+ *
+ * Several lanes share one cursor. Between two runs of at most 64 pages a lane
+ * yields to faults that wait, and to the limit that the plan sets. */
+#define _GNU_SOURCE /* SEEK_DATA */
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "source.h"
+#include "uffd.h"
+
+#define PAGE QPC_PAGE_BYTES
+#define BATCH 1024           /* hole frames a write */
+#define UNSENT_BYTES 262144  /* what may wait unsent in a push socket */
+#define YIELD_MS 5           /* the longest that one look at waiting faults takes */
+#define BURST_US 20000       /* a limited lane may catch up that much */
+
+/* --- the cursor ---------------------------------------------------------------------------- */
+
+struct qpc_run qpc_source_take(struct qpc_source *source, uint32_t index, uint64_t from,
+                               uint64_t end)
+{
+    struct qpc_source_block *block = &source->blocks[index];
+    if (!atomic_load(&source->scanned))
+        return (struct qpc_run){end, 0};
+    while ((from = qpc_bits_next_without(&block->present, &block->sent, from, end)) < end) {
+        uint64_t hole = qpc_bits_next(&block->present, from, end, false);
+        struct qpc_run run = qpc_bits_claim(&block->sent, from, hole);
+        if (run.count)
+            return run;
+        from = hole;
+    }
+    return (struct qpc_run){end, 0};
+}
+
+/* The rest of RAM behind the last fault; false when that is done. */
+static bool take_here(struct qpc_source *source, struct qpc_extent *out)
+{
+    while (source->here) {
+        uint64_t end = source->block_pages[source->here_block];
+        struct qpc_run run = {end, 0};
+        if (source->here_page < end)
+            run = qpc_source_take(source, source->here_block, source->here_page, end);
+        source->here_page = run.first + run.count;
+        if (run.count) {
+            *out = (struct qpc_extent){source->here_block, run.first, run.count};
+            return true;
+        }
+        source->here_page = 0;
+        if (++source->here_block == source->block_count)
+            source->here = false;
+    }
+    return false;
+}
+
+static bool take_scheduled(struct qpc_source *source, struct qpc_extent *out)
+{
+    while (source->at_extent < source->extent_count) {
+        const struct qpc_extent *extent = &source->extents[source->at_extent];
+        uint64_t end = extent->first_page + extent->page_count;
+        struct qpc_run run =
+            qpc_source_take(source, extent->block, extent->first_page + source->at_page, end);
+        if (run.count) {
+            source->at_page = run.first + run.count - extent->first_page;
+            *out = (struct qpc_extent){extent->block, run.first, run.count};
+            return true;
+        }
+        source->at_extent++;
+        source->at_page = 0;
+    }
+    return false;
+}
+
+bool qpc_source_next(struct qpc_source *source, struct qpc_extent *run)
+{
+    pthread_mutex_lock(&source->lock);
+    bool found = take_here(source, run) || take_scheduled(source, run);
+    pthread_mutex_unlock(&source->lock);
+    return found;
+}
+
+void qpc_source_jump(struct qpc_source *source, uint32_t block, uint64_t page)
+{
+    if (!source->push_from_fault)
+        return;
+    pthread_mutex_lock(&source->lock);
+    source->here = true;
+    source->here_block = block;
+    source->here_page = page;
+    pthread_mutex_unlock(&source->lock);
+}
+
+/* --- holes --------------------------------------------------------------------------------- */
+
+struct batch {
+    struct qpc_lane *lane;
+    uint8_t *bytes; /* BATCH frames */
+    size_t count;
+};
+
+static int flush(struct qpc_source *source, struct batch *batch, struct qpc_error *error)
+{
+    struct iovec part = {batch->bytes, batch->count * QPC_FRAME_BYTES};
+    atomic_fetch_add(&source->wire_bytes, part.iov_len);
+    batch->count = 0;
+    return part.iov_len ? qpc_lane_write(batch->lane, &part, 1, error) : QPC_OK;
+}
+
+static int announce(struct qpc_source *source, struct batch *batch, uint32_t block, uint64_t first,
+                    uint64_t end, struct qpc_error *error)
+{
+    if (first == end)
+        return QPC_OK;
+    struct qpc_frame hole = {.type = QPC_FRAME_HOLE,
+                             .block = (uint16_t)block,
+                             .first_page = first,
+                             .page_count = end - first};
+    qpc_frame_encode(&hole, batch->bytes + batch->count++ * QPC_FRAME_BYTES);
+    atomic_fetch_add(&source->hole_pages, end - first);
+    return batch->count == BATCH ? flush(source, batch, error) : QPC_OK;
+}
+
+/* Data in the file goes to `present`. The source is stopped: this is final. */
+static int scan_block(struct qpc_source_block *block, struct qpc_error *error)
+{
+    off_t end = (off_t)(block->pages * PAGE), data = 0, hole;
+    for (; data < end && (data = lseek(block->fd, data, SEEK_DATA)) >= 0; data = hole) {
+        hole = lseek(block->fd, data, SEEK_HOLE);
+        if (hole < 0)
+            break;
+        uint64_t first = (uint64_t)data / PAGE, last = ((uint64_t)hole + PAGE - 1) / PAGE;
+        qpc_bits_set(&block->present, first, (last < block->pages ? last : block->pages) - first);
+    }
+    if (data >= end || errno == ENXIO) /* ENXIO: no data beyond here */
+        return QPC_OK;
+    return qpc_fail(error, QPC_SYSTEM, errno, "SEEK_DATA in the source's RAM", (uint64_t)data, 0);
+}
+
+static int scan(struct qpc_source *source, struct qpc_error *error)
+{
+    for (unsigned i = 0; i < source->block_count; i++) {
+        int code = scan_block(&source->blocks[i], error);
+        if (code)
+            return code;
+    }
+    pthread_mutex_lock(&source->lock);
+    atomic_store(&source->scanned, true);
+    pthread_cond_broadcast(&source->changed);
+    pthread_mutex_unlock(&source->lock);
+    return QPC_OK;
+}
+
+static int announce_holes(struct qpc_source *source, struct qpc_lane *lane, struct qpc_error *error)
+{
+    struct batch batch = {lane, malloc((size_t)BATCH * QPC_FRAME_BYTES), 0};
+    if (!batch.bytes)
+        return qpc_fail(error, QPC_NO_MEMORY, ENOMEM, "hole frames", 0, 0);
+    int code = QPC_OK;
+    atomic_store(&source->hole_pages, 0);
+    for (unsigned i = 0; i < source->block_count && !code; i++) {
+        const struct qpc_bits *present = &source->blocks[i].present;
+        uint64_t pages = source->block_pages[i];
+        for (uint64_t data, hole = 0; hole < pages && !code;) {
+            data = qpc_bits_next(present, hole, pages, true);
+            code = announce(source, &batch, i, hole, data, error);
+            hole = qpc_bits_next(present, data, pages, false);
+        }
+    }
+    if (!code)
+        code = flush(source, &batch, error);
+    free(batch.bytes);
+    return code;
+}
+
+/* --- yielding ------------------------------------------------------------------------------ */
+
+static int stopped(struct qpc_error *error)
+{
+    return qpc_fail(error, QPC_STOPPED, 0, "asked to stop", 0, 0);
+}
+
+static void wait_changed(struct qpc_source *source)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += YIELD_MS * 1000000L;
+    until.tv_sec += until.tv_nsec / 1000000000L;
+    until.tv_nsec %= 1000000000L;
+    pthread_cond_timedwait(&source->changed, &source->lock, &until);
+}
+
+static int wait_scanned(struct qpc_source *source, struct qpc_error *error)
+{
+    pthread_mutex_lock(&source->lock);
+    while (!atomic_load(&source->scanned) && !atomic_load(&source->stopping))
+        wait_changed(source);
+    pthread_mutex_unlock(&source->lock);
+    return atomic_load(&source->stopping) ? stopped(error) : QPC_OK;
+}
+
+/* A fault that waits goes first; but one that the demand lane's own peer does
+ * not take off our hands must not stop the push for good. */
+static int yield_to_faults(struct qpc_source *source, struct qpc_error *error)
+{
+    if (atomic_load(&source->demand_waiting)) {
+        pthread_mutex_lock(&source->lock);
+        if (atomic_load(&source->demand_waiting) && !atomic_load(&source->stopping))
+            wait_changed(source);
+        pthread_mutex_unlock(&source->lock);
+    }
+    return atomic_load(&source->stopping) ? stopped(error) : QPC_OK;
+}
+
+/* Book `bytes` on the limit that all lanes share; wait until they may go. */
+static int pace(struct qpc_source *source, struct qpc_lane *lane, uint64_t bytes,
+                struct qpc_error *error)
+{
+    if (!source->push_bytes_per_second)
+        return QPC_OK;
+    int64_t now_us = qpc_system_ops.now_us();
+    pthread_mutex_lock(&source->lock);
+    if (source->push_due_us < now_us - BURST_US)
+        source->push_due_us = now_us - BURST_US;
+    int64_t wait_us = source->push_due_us - now_us;
+    source->push_due_us += (int64_t)(bytes * 1000000 / source->push_bytes_per_second);
+    pthread_mutex_unlock(&source->lock);
+    if (wait_us <= 0)
+        return QPC_OK;
+    struct pollfd watch = {lane->stop_fd, POLLIN, 0};
+    if (poll(&watch, 1, (int)(wait_us / 1000 + 1)) > 0)
+        return stopped(error);
+    return QPC_OK;
+}
+
+/* --- the loop ------------------------------------------------------------------------------ */
+
+static int push_all(struct qpc_source *source, struct qpc_lane *lane, uint8_t *buffer,
+                    struct qpc_error *error)
+{
+    struct qpc_extent run;
+    int code = QPC_OK;
+    while (!(code = yield_to_faults(source, error)) && qpc_source_next(source, &run)) {
+        uint64_t zero;
+        code = pace(source, lane, run.page_count * PAGE, error);
+        if (!code)
+            code = qpc_source_send(source, lane, run.block, run.first_page, run.page_count, buffer,
+                                   &zero, error);
+        if (code)
+            return code;
+        atomic_fetch_add(&source->zero_pages, zero);
+        atomic_fetch_add(&source->push_pages, run.page_count - zero);
+    }
+    return code;
+}
+
+int qpc_source_run_push(struct qpc_source *source, int lane_fd, uint32_t index,
+                        struct qpc_error *error)
+{
+    struct qpc_lane lane;
+    uint8_t *buffer = malloc((size_t)QPC_FRAME_PAGES_MAX * PAGE);
+    int unsent = UNSENT_BYTES;
+    /* Not every stream is TCP: a lane over a unix socket has no such option. */
+    (void)setsockopt(lane_fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
+    int code = qpc_lane_init(&lane, lane_fd, source->stop_fd, source->block_pages,
+                             source->block_count, error);
+    if (!code && !buffer)
+        code = qpc_fail(error, QPC_NO_MEMORY, ENOMEM, "page buffer", 0, 0);
+    if (!code && index == 0 && !atomic_load(&source->scanned))
+        code = scan(source, error);
+    if (!code)
+        code = index == 0 ? announce_holes(source, &lane, error) : wait_scanned(source, error);
+    if (!code)
+        code = push_all(source, &lane, buffer, error);
+    if (!code)
+        code = qpc_lane_write_frame(&lane, &(struct qpc_frame){.type = QPC_FRAME_END}, error);
+    if (!code)
+        atomic_store(&source->push_done, true);
+    free(buffer);
+    qpc_lane_deinit(&lane);
+    return code;
+}

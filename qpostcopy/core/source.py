@@ -1,0 +1,88 @@
+"""The page server's core: typed facade of source.h and push.c."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qpostcopy.core.calls import LaneEnd, call, ffi, lib, run_loop
+from qpostcopy.core.types import RamBlock, page_counts
+from qpostcopy.qmp import schema
+
+
+class SourceCore:
+    """Answers and pushes the pages of one stopped guest.
+
+    :param ram_fds: the RAM files, by block; borrowed, and only ever pread.
+    :param push_from_fault: after a fault, push goes on from there (`fault.then: here`).
+    :param push_bytes_per_second: limit of all push lanes together; None: unlimited.
+    """
+
+    def __init__(
+        self,
+        ram_fds: Sequence[int],
+        blocks: Sequence[RamBlock],
+        *,
+        push_from_fault: bool,
+        push_bytes_per_second: int | None,
+    ) -> None:
+        tables = (page_counts(tuple(blocks)), ffi.new("int[]", list(ram_fds)))
+        config = ffi.new(
+            "struct qpc_source_config *",
+            {
+                "block_count": len(blocks),
+                "block_pages": tables[0],
+                "ram_fds": tables[1],
+                "push_from_fault": push_from_fault,
+                "push_bytes_per_second": push_bytes_per_second or 0,
+            },
+        )
+        out = ffi.new("struct qpc_source **")
+        call(lib.qpc_source_create, out, config)
+        self._source: Any = out[0]
+
+    def set_schedule(self, extents: Iterable[tuple[int, int, int]]) -> None:
+        """The order of the push: (block index, first page, page count) of each extent."""
+        listed = list(extents)
+        table = ffi.new("struct qpc_extent[]", len(listed))
+        for entry, (block, first_page, page_count) in zip(table, listed, strict=True):
+            entry.block = block
+            entry.first_page = first_page
+            entry.page_count = page_count
+        call(lib.qpc_source_set_schedule, self._source, table, len(listed))
+
+    def receive_have(self, demand_fd: int, deadline_ms: int) -> None:
+        """Block until the handler's START; what it has will not be pushed.
+
+        :raise LaneTimeoutError: it was silent for `deadline_ms`.
+        """
+        call(lib.qpc_source_receive_have, self._source, demand_fd, deadline_ms)
+
+    def run_demand(self, demand_fd: int) -> LaneEnd:
+        """Answer requests until told otherwise."""
+        return run_loop(lib.qpc_source_run_demand, self._source, demand_fd)
+
+    def run_push(self, push_fd: int, index: int) -> LaneEnd:
+        """Push until nothing is left; lane 0 announces the holes first."""
+        return run_loop(lib.qpc_source_run_push, self._source, push_fd, index)
+
+    def stop(self) -> None:
+        """Every running loop returns STOPPED; from any thread."""
+        lib.qpc_source_stop(self._source)
+
+    def reset(self) -> None:
+        """After all loops were joined: ready for the next lanes."""
+        lib.qpc_source_reset(self._source)
+
+    def stats(self) -> schema.SourceStats:
+        raw = ffi.new("struct qpc_source_counters *")
+        lib.qpc_source_counters_read(self._source, raw)
+        return schema.SourceStats(
+            **{name: getattr(raw, name) for name in schema.SourceStats.model_fields}
+        )
+
+    def close(self) -> None:
+        """After all loops were joined. Idempotent."""
+        if self._source is not None:
+            lib.qpc_source_destroy(self._source)
+            self._source = None
