@@ -1,0 +1,1 @@
+"""The `qpostcopy` command: one module for each verb."""
