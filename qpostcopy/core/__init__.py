@@ -27,7 +27,7 @@ from qpostcopy.core.ioctl import (
     uffd_wake,
 )
 from qpostcopy.core.source import SourceCore
-from qpostcopy.core.types import PAGE_BYTES, Mapping, RamBlock
+from qpostcopy.core.types import PAGE_BYTES, HandlerCounters, Mapping, RamBlock, SourceCounters
 
 __all__ = [
     "PAGE_BYTES",
@@ -35,6 +35,7 @@ __all__ = [
     "CoreMemoryError",
     "CoreSystemError",
     "HandlerCore",
+    "HandlerCounters",
     "Hello",
     "HelloError",
     "LaneClosedError",
@@ -47,6 +48,7 @@ __all__ = [
     "RamBlock",
     "RefusedByCoreError",
     "SourceCore",
+    "SourceCounters",
     "StrayPageError",
     "TargetGoneError",
     "greet",

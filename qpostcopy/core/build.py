@@ -24,6 +24,7 @@ SOURCES = (
     "fault.c",
     "source.c",
     "push.c",
+    "proc.c",
     "inject.c",
 )
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wconversion", "-fvisibility=hidden"]

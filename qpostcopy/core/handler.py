@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qpostcopy.core.calls import LaneEnd, call, ffi, lib, run_loop
-from qpostcopy.core.types import Mapping, RamBlock, page_counts
-from qpostcopy.qmp import schema
-from qpostcopy.stats import latency_summary
+from qpostcopy.core.types import (
+    HandlerCounters,
+    Mapping,
+    RamBlock,
+    page_counts,
+    plain_counters,
+)
 
 
 class HandlerCore:
@@ -105,23 +109,15 @@ class HandlerCore:
         """After all loops were joined: ready for the next lanes."""
         lib.qpc_handler_reset(self._handler)
 
-    def stats(self) -> schema.HandlerStats:
+    def stats(self) -> HandlerCounters:
         raw = ffi.new("struct qpc_handler_counters *")
         lib.qpc_handler_counters_read(self._handler, raw)
-        own = schema.HandlerStats.model_fields.keys() - {"faults", "precopy_pages"}
-        values = {name: int(getattr(raw, name)) for name in own}
-        buckets = [
+        histogram = tuple(
             (float(lib.qpc_bucket_upper_us(index)), int(count))
             for index, count in enumerate(raw.fault_buckets)
             if count
-        ]
-        faults = schema.FaultStats(
-            count=raw.faults,
-            local=raw.local_faults,
-            histogram=tuple(buckets),
-            **latency_summary(buckets, float(raw.fault_max_us)),
         )
-        return schema.HandlerStats(**values, precopy_pages=0, faults=faults)
+        return HandlerCounters(**plain_counters(raw, HandlerCounters), histogram=histogram)
 
     def close(self) -> None:
         """After all loops were joined. Idempotent."""

@@ -11,16 +11,16 @@
  *              another kind (SIGCONT, SIGSTOP) may come before it, or instead of it
  *   restore    registers, mask; then CONT and try again, or DETACH
  *
- * ptrace(2) has the rules; spike/inject.c showed the sequence first.
+ * ptrace(2) has the rules. That no trap of ours is left behind, and none of another's lost,
+ * tests/uffd/test_attach_inject.py watches under storms of every signal.
  */
 #define _GNU_SOURCE
 #include "inject.h"
+#include "proc.h"
 
 #include <dirent.h>
 #include <elf.h>
 #include <errno.h>
-#include <fcntl.h>
-#include <inttypes.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -37,7 +37,7 @@
 
 #if defined(__x86_64__)
 
-enum { SYSCALL_BYTES = 2, QUICK_LOOKS = 20, POLL_FIRST_US = 20, POLL_LAST_US = 1000, MAX_VDSO_BYTES = 1 << 20 };
+enum { SYSCALL_BYTES = 2, QUICK_LOOKS = 20, POLL_FIRST_US = 20, POLL_LAST_US = 1000 };
 
 static const uint64_t ALL_BUT_SIGTRAP = ~(UINT64_C(1) << (SIGTRAP - 1));
 
@@ -83,70 +83,6 @@ static int fail(struct job *job, int code, const char *operation)
 static int lost(struct job *job, const char *operation)
 {
     return fail(job, errno == ESRCH ? QPC_GONE : QPC_SYSTEM, operation);
-}
-
-/* --- what /proc says --------------------------------------------------------------------- */
-
-/* State letter and start time of a process or thread. */
-static bool read_stat(pid_t pid, pid_t tid, char *state, uint64_t *start_ticks)
-{
-    char path[64], text[1024];
-    snprintf(path, sizeof path, "/proc/%d/task/%d/stat", pid, tid);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return false;
-    ssize_t length = read(fd, text, sizeof text - 1);
-    close(fd);
-    if (length <= 0) return false;
-    text[length] = 0;
-    const char *at = strrchr(text, ')'); /* the name before it may hold anything */
-    unsigned long long ticks;
-    if (!at || sscanf(at + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d"
-                              " %*d %*d %*d %llu", state, &ticks) != 2)
-        return false;
-    *start_ticks = ticks;
-    return true;
-}
-
-static int tracer_of(pid_t pid, pid_t tid)
-{
-    char path[64], line[256];
-    int tracer = 0;
-    snprintf(path, sizeof path, "/proc/%d/task/%d/status", pid, tid);
-    FILE *status = fopen(path, "re");
-    if (!status) return 0;
-    while (fgets(line, sizeof line, status))
-        if (sscanf(line, "TracerPid: %d", &tracer) == 1) break;
-    fclose(status);
-    return tracer;
-}
-
-static bool find_vdso(const struct job *job, uint64_t *low, uint64_t *high)
-{
-    char path[64], line[512];
-    bool found = false;
-    snprintf(path, sizeof path, "/proc/%d/task/%d/maps", job->pid, job->tid);
-    FILE *maps = fopen(path, "re");
-    if (!maps) return false;
-    while (!found && fgets(line, sizeof line, maps))
-        found = strstr(line, "[vdso]") && sscanf(line, "%" SCNx64 "-%" SCNx64, low, high) == 2;
-    fclose(maps);
-    return found && *high > *low && *high - *low <= MAX_VDSO_BYTES;
-}
-
-/* Address of a `syscall` instruction in the target's vdso, or 0. */
-static uint64_t find_syscall(const struct job *job)
-{
-    uint64_t low, high, entry = 0;
-    if (!find_vdso(job, &low, &high)) return 0;
-    size_t length = high - low;
-    unsigned char *text = malloc(length);
-    if (!text) return 0;
-    struct iovec local = {text, length}, remote = {(void *)(uintptr_t)low, length};
-    if (process_vm_readv(job->tid, &local, 1, &remote, 1, 0) == (ssize_t)length)
-        for (size_t i = 0; !entry && i + 1 < length; i++)
-            if (text[i] == 0x0f && text[i + 1] == 0x05) entry = low + i;
-    free(text);
-    return entry;
 }
 
 /* --- waiting ----------------------------------------------------------------------------- */
@@ -195,10 +131,10 @@ static int wait_stop(struct job *job, int64_t deadline_us, struct stop *stop)
 
 static int explain_seize(struct job *job)
 {
-    int reason = errno, tracer = tracer_of(job->pid, job->tid);
+    int reason = errno, tracer = qpc_proc_tracer(job->pid, job->tid);
     char state = 0;
     uint64_t ticks;
-    bool there = read_stat(job->pid, job->tid, &state, &ticks);
+    bool there = qpc_proc_stat(job->pid, job->tid, &state, &ticks);
     if (!there || reason == ESRCH)
         return qpc_fail(job->error, QPC_GONE, reason, "seize: no such process", 0, 0);
     if (state == 'Z' || state == 'X') {
@@ -218,12 +154,14 @@ static int seize(struct job *job)
     if (ptrace(PTRACE_SEIZE, job->tid, 0, 0)) return explain_seize(job);
     /* From here on the tid cannot pass to another: even its zombie would be ours. */
     errno = 0;
-    if (!read_stat(job->pid, job->pid, &state, &ticks) ||
+    if (!qpc_proc_stat(job->pid, job->pid, &state, &ticks) ||
         (job->start_ticks && ticks != job->start_ticks))
         return fail(job, QPC_GONE, "seize: the pid is another's now");
-    job->entry = find_syscall(job);
-    if (!job->entry) return fail(job, QPC_REFUSED, "no syscall instruction in its vdso");
-    return QPC_OK;
+    bool mapped;
+    job->entry = qpc_proc_find_syscall(job->pid, job->tid, &mapped);
+    if (job->entry) return QPC_OK;
+    if (!mapped) return fail(job, QPC_GONE, "seize: target is ending");
+    return fail(job, QPC_REFUSED, "no syscall instruction in its vdso");
 }
 
 /* Bring the thread to a stop that is ours. Whatever signal is under way is delivered. */
@@ -361,7 +299,7 @@ struct outcome {
     struct stop stop;
     struct user_regs_struct regs;
     bool late;      /* the deadline passed meanwhile, and the call was interrupted */
-    bool held_trap; /* somebody else's SIGTRAP, kept for the target */
+    siginfo_t held; /* somebody else's SIGTRAP, kept for the target; si_signo 0: none */
 };
 
 /* One step. Past the deadline the call is interrupted, but the thread is waited for: it must
@@ -390,7 +328,7 @@ static int step(struct job *job, struct outcome *out)
         if (is_group_stop(&out->stop) || clock_us() >= job->deadline_us) return QPC_OK;
         if (out->stop.event) continue;
         if (out->stop.signal != SIGTRAP) return QPC_OK;
-        out->held_trap = true;
+        ptrace(PTRACE_GETSIGINFO, job->tid, 0, &out->held);
     }
 }
 
@@ -411,7 +349,10 @@ static int settle(struct job *job, const struct context *saved, struct outcome *
         if (code != QPC_OK) return code;
     }
     *deliver = signal_to_deliver(job, &out->stop);
-    if (!*deliver && out->held_trap) *deliver = SIGTRAP;
+    /* In the place of our own trap, which is swallowed, goes the one that was held back. */
+    if (!*deliver && out->held.si_signo && !out->stop.event &&
+        !ptrace(PTRACE_SETSIGINFO, job->tid, 0, &out->held))
+        *deliver = out->held.si_signo;
     return restore(job, saved);
 }
 
@@ -525,7 +466,7 @@ int qpc_inject_syscall_into(int pid, uint64_t start_ticks, long number, const ui
     char state;
     uint64_t ticks;
     int64_t now_us = clock_us(), deadline_us = now_us + (int64_t)deadline_ms * 1000;
-    if (!read_stat(pid, pid, &state, &ticks) || (start_ticks && ticks != start_ticks))
+    if (!qpc_proc_stat(pid, pid, &state, &ticks) || (start_ticks && ticks != start_ticks))
         return qpc_fail(error, QPC_GONE, ESRCH, "no such process", 0, 0);
     struct job job = {.pid = pid, .tid = pid, .start_ticks = ticks, .number = number, .args = args,
                       .deadline_us = now_us + (deadline_us - now_us) / 2, .error = error};

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qpostcopy.core.calls import LaneEnd, call, ffi, lib, run_loop
-from qpostcopy.core.types import RamBlock, page_counts
-from qpostcopy.qmp import schema
+from qpostcopy.core.types import RamBlock, SourceCounters, page_counts, plain_counters
 
 
 class SourceCore:
@@ -74,12 +73,10 @@ class SourceCore:
         """After all loops were joined: ready for the next lanes."""
         lib.qpc_source_reset(self._source)
 
-    def stats(self) -> schema.SourceStats:
+    def stats(self) -> SourceCounters:
         raw = ffi.new("struct qpc_source_counters *")
         lib.qpc_source_counters_read(self._source, raw)
-        return schema.SourceStats(
-            **{name: getattr(raw, name) for name in schema.SourceStats.model_fields}
-        )
+        return SourceCounters(**plain_counters(raw, SourceCounters))
 
     def close(self) -> None:
         """After all loops were joined. Idempotent."""

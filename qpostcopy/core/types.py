@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from qpostcopy.core.calls import ffi
@@ -35,3 +35,50 @@ class Mapping:
 def page_counts(blocks: tuple[RamBlock, ...]) -> Any:
     """`uint64_t[]` of the pages of each block."""
     return ffi.new("uint64_t[]", [block.pages for block in blocks])
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerCounters:
+    """What a userfault handler counted; pages are 4 KiB, each counted once.
+
+    `histogram` is (upper end in us, faults) of each bucket that is not empty, ascending.
+    """
+
+    total_pages: int
+    remaining_pages: int
+    hole_pages: int
+    zero_pages: int
+    push_pages: int
+    demand_pages: int
+    around_pages: int
+    duplicate_pages: int
+    discarded_pages: int
+    stray_pages: int
+    push_bytes: int
+    demand_bytes: int
+    wire_bytes: int
+    faults: int
+    local_faults: int
+    fault_max_us: int
+    histogram: tuple[tuple[float, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCounters:
+    """What a page server counted since it was made."""
+
+    requests: int
+    demand_pages: int
+    around_pages: int
+    push_pages: int
+    hole_pages: int
+    zero_pages: int
+    wire_bytes: int
+    push_done: bool
+
+
+def plain_counters(raw: Any, kind: type[Any]) -> dict[str, Any]:
+    """The members of a C struct of counters that are fields of `kind` too."""
+    return {
+        field.name: getattr(raw, field.name) for field in fields(kind) if hasattr(raw, field.name)
+    }

@@ -1,0 +1,1 @@
+"""The destination's side: a userfaultfd of QEMU's address space, and who serves it."""

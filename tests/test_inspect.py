@@ -1,0 +1,208 @@
+"""Gathering facts of real QEMUs, set up rightly and wrongly, and preflight's word on them."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from qpostcopy import inspect
+from qpostcopy.lab.vm import Backend, Vm, VmSpec
+from qpostcopy.preflight import codes, judge, remark
+from qpostcopy.qmp.monitor import Monitor
+from qpostcopy.qmp.schema import SideFacts
+from qpostcopy.regions import open_ram
+from tests.test_preflight import write_plan
+
+pytestmark = [pytest.mark.vm, pytest.mark.root]
+
+MIB = 1 << 20
+RAM = Backend("ram0", 64 * MIB)
+SOURCE = VmSpec((RAM,), paused=True)
+DESTINATION = VmSpec((RAM,), incoming=True)
+
+
+def gather(vm: Vm, role: Literal["source", "destination"]) -> SideFacts:
+    async def ask() -> SideFacts:
+        monitor = await Monitor.connect(vm.qmp_path)
+        try:
+            return await inspect.gather_facts(role, monitor.execute, vm.pid, "7.2.22")
+        finally:
+            await monitor.close()
+
+    return asyncio.run(ask())
+
+
+def findings(tmp_path: Path, source: VmSpec, destination: VmSpec) -> list[str]:
+    """Codes of what speaks against moving between two QEMUs that were started so."""
+    with Vm("a", source, tmp_path) as a, Vm("b", destination, tmp_path) as b:
+        plan = write_plan(tmp_path, a.qmp_path, b.qmp_path)
+        return codes(judge(plan, gather(a, "source"), gather(b, "destination")))
+
+
+def state_of(vm: Vm) -> tuple[list[str], str]:
+    """What an observer could see change: descriptors (but those of monitors), and mappings."""
+    process = Path(f"/proc/{vm.pid}")
+    links = [str(entry.readlink()) for entry in (process / "fd").iterdir()]
+    files = sorted(link for link in links if "socket" not in link)
+    return files, (process / "maps").read_text()
+
+
+def test_two_good_sides(tmp_path: Path) -> None:
+    with Vm("a", SOURCE, tmp_path) as a, Vm("b", DESTINATION, tmp_path) as b:
+        before = state_of(b)
+        source, destination = gather(a, "source"), gather(b, "destination")
+        plan = write_plan(tmp_path, a.qmp_path, b.qmp_path)
+        assert judge(plan, source, destination) == []
+        assert remark(plan, source, destination) == []
+        again = gather(b, "destination")
+        of_machine = {"memory_available_bytes": 0, "tmpfs_available_bytes": None}
+        assert dict(again) | of_machine == dict(destination) | of_machine
+        assert state_of(b) == before
+    assert (source.run_status, destination.run_status) == ("prelaunch", "inmigrate")
+    assert source.machine.startswith("pc-q35-")
+    assert source.uid == os.geteuid()
+    assert destination.blocks[0].allocated_bytes == 0
+    assert destination.kernel_missing == ()
+    assert "CAP_SYS_PTRACE" in destination.effective_rights
+    assert source.boot_id == destination.boot_id != ""
+
+
+def test_a_running_source(tmp_path: Path) -> None:
+    with Vm("a", replace(SOURCE, paused=False), tmp_path) as vm:
+        facts = gather(vm, "source")
+        assert facts.running
+        assert facts.run_status == "running"
+        assert facts.blocks[0].allocated_bytes > 0  # the firmware ran
+
+
+def test_the_same_file_on_both_sides(tmp_path: Path) -> None:
+    file = Path(f"/dev/shm/qpc-test-{os.getpid()}")
+    backend = replace(RAM, mem_path=file)
+    try:
+        source, destination = (
+            replace(SOURCE, backends=(backend,)),
+            replace(DESTINATION, backends=(backend,)),
+        )
+        found = findings(tmp_path, source, destination)
+    finally:
+        file.unlink(missing_ok=True)
+    # Each QEMU is also "another process" that maps the other's RAM.
+    assert set(found) == {"same-file", "other-mapper"}
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "expected"),
+    [
+        (SOURCE, SOURCE, {"destination-not-waiting"}),
+        (SOURCE, replace(SOURCE, paused=False), {"destination-not-waiting"}),
+        (DESTINATION, DESTINATION, {"source-not-movable"}),
+        (SOURCE, replace(DESTINATION, backends=(replace(RAM, size_bytes=65 * MIB),)),
+         {"blocks-differ"}),
+        (SOURCE, replace(DESTINATION, backends=(replace(RAM, name="ram1"),)), {"blocks-differ"}),
+        (replace(SOURCE, backends=(replace(RAM, share=False),)), DESTINATION, {"ram-not-shared"}),
+        (replace(SOURCE, backends=(replace(RAM, kind="memory-backend-ram", share=False),)),
+         DESTINATION, {"ram-not-shared"}),
+        (SOURCE, replace(DESTINATION, more=("-overcommit", "mem-lock=on")), {"memory-locked"}),
+        (SOURCE, replace(DESTINATION, more=("-machine", "pc-q35-6.0")), {"machine-differs"}),
+    ],
+)  # fmt: skip
+def test_wrong_set_ups(
+    source: VmSpec, destination: VmSpec, expected: set[str], tmp_path: Path
+) -> None:
+    assert set(findings(tmp_path, source, destination)) == expected
+
+
+def test_one_qemu_for_both(tmp_path: Path) -> None:
+    with Vm("a", SOURCE, tmp_path) as vm:
+        plan = write_plan(tmp_path, vm.qmp_path, tmp_path / "b.qmp")
+        found = judge(plan, gather(vm, "source"), gather(vm, "destination"))
+        assert set(codes(found)) == {"same-qemu", "destination-not-waiting"}
+
+
+def test_ram_on_a_disk(tmp_path: Path) -> None:
+    on_disk = replace(RAM, mem_path=Path("/var/tmp"))
+    if filesystem_of(Path("/var/tmp")) == "tmpfs":
+        pytest.skip("/var/tmp is a tmpfs here")
+    found = findings(tmp_path, SOURCE, replace(DESTINATION, backends=(on_disk,)))
+    assert "ram-not-on-tmpfs" in found
+
+
+def filesystem_of(path: Path) -> str:
+    command = ["findmnt", "-no", "FSTYPE", "-T", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_device_that_shares_memory_with_others(tmp_path: Path) -> None:
+    more = (
+        *("-object", "memory-backend-file,id=shared,size=1M,mem-path=/dev/shm,share=on"),
+        *("-device", "ivshmem-plain,memdev=shared"),
+    )
+    with Vm("a", replace(SOURCE, more=more), tmp_path) as vm:
+        assert gather(vm, "source").devices == ("ivshmem-plain",)
+
+
+def test_prealloc_is_seen(tmp_path: Path) -> None:
+    spec = replace(DESTINATION, backends=(replace(RAM, more="prealloc=on"),))
+    with Vm("a", SOURCE, tmp_path) as a, Vm("b", spec, tmp_path) as b:
+        destination = gather(b, "destination")
+        assert destination.blocks[0].allocated_bytes == 64 * MIB
+        plan = write_plan(tmp_path, a.qmp_path, b.qmp_path)
+        source = gather(a, "source")
+        assert judge(plan, source, destination) == []
+        assert codes(remark(plan, source, destination)) == ["destination-prealloc"]
+
+
+@contextmanager
+def mapping_process(fd: int, length_bytes: int) -> Iterator[int]:
+    """A process, not QEMU, that maps a RAM file (without touching it)."""
+    code = (
+        "import mmap, sys\n"
+        f"m = mmap.mmap({fd}, {length_bytes}, mmap.MAP_SHARED, mmap.PROT_READ)\n"
+        "print('mapped', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[fd],
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"mapped\n"
+        yield process.pid
+        process.communicate()
+
+
+def test_another_process_that_maps_the_ram(tmp_path: Path) -> None:
+    with Vm("b", DESTINATION, tmp_path) as vm:
+        facts = gather(vm, "destination")
+        fd = open_ram(vm.pid, facts.blocks[0], False)
+        try:
+            # an open descriptor alone is harmless
+            assert gather(vm, "destination").other_mappers == ()
+            with mapping_process(fd, mmap.PAGESIZE) as pid:
+                (found,) = gather(vm, "destination").other_mappers
+                assert (found.pid, found.block) == (pid, "ram0")
+                assert found.command.startswith("python")
+            assert gather(vm, "destination").other_mappers == ()
+        finally:
+            os.close(fd)
+
+
+def test_a_qemu_that_has_ended(tmp_path: Path) -> None:
+    async def execute(command: str, arguments: dict[str, object]) -> object:
+        raise AssertionError(f"{command} was sent to nobody")
+
+    with Vm("a", SOURCE, tmp_path) as vm:
+        pid = vm.pid
+    with pytest.raises(inspect.QemuGoneError):
+        asyncio.run(inspect.gather_facts("source", execute, pid, "7.2.22"))

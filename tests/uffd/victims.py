@@ -1,0 +1,142 @@
+"""Building and running the victim (tests/c/victim.c) and the injector that works on it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CORE = ROOT / "qpostcopy" / "core"
+_WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-O1", "-g"]
+_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+#: Number of `code` in core/error.h, as the injector prints it.
+OK, TIMEOUT, GONE, REFUSED = 0, 3, 5, 7
+
+STORM = [
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+    signal.SIGHUP,
+    signal.SIGRTMIN + 1,
+    # These two come through every mask of ours: the one as a stop, the other beside the step's own.
+    signal.SIGCONT,
+    signal.SIGTRAP,
+]
+
+
+@functools.cache
+def _directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="qpc-victim-")  # gone with the test process
+
+
+@functools.cache
+def _build(name: str, *sources: Path) -> str:
+    binary = str(Path(_directory().name) / name)
+    flags = _SANITIZERS if sources else []  # the victim must be as plain as QEMU is
+    files = [str(path) for path in (ROOT / "tests" / "c" / f"{name}.c", *sources)]
+    command = ["gcc", *_WARNINGS, *flags, f"-I{CORE}", *files, "-o", binary, "-pthread"]
+    subprocess.run(command, check=True)
+    return binary
+
+
+def victim_binary() -> str:
+    return _build("victim")
+
+
+@dataclass
+class Victim:
+    """A running victim; `end` makes it say what it thinks of its life."""
+
+    process: subprocess.Popen[str]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def end(self) -> str:
+        """SIGTERM, and its last line: "ok ROUNDS SIGNALS QUEUED", or "damaged: ..."."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.stdout
+        said = self.process.stdout.read().strip()
+        assert self.process.wait(20) == 0, said
+        return said
+
+    @property
+    def state(self) -> str:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@contextlib.contextmanager
+def victim(mode: str, *arguments: object) -> Iterator[Victim]:
+    """A victim that is in its mode; killed at the end if it still runs."""
+    command = [victim_binary(), mode, *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield Victim(process)
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def storm(target: Victim, pause_us: int, signals: list[int]) -> Iterator[Callable[[], int]]:
+    """Signals in turn, all the time.
+
+    Gives a function that ends the storm and says how many queued signals it sent.
+    """
+    numbers = [str(int(number)) for number in signals]
+    command = [victim_binary(), "storm", str(target.pid), str(pause_us), *numbers]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+
+        def end() -> int:
+            process.terminate()
+            said, _ = process.communicate()
+            return int(said)
+
+        try:
+            yield end
+        finally:
+            process.terminate()
+
+
+@dataclass
+class Report:
+    """What the injector says at the end."""
+
+    code: int
+    errno: int
+    operation: str
+    address: int
+    done: int
+    wrong: int
+    refused: int
+    result: int
+    total_us: int
+    worst_us: int
+
+
+def inject(pid: int, count: int, deadline_ms: int, *what: object, goes_on: bool = False) -> Report:
+    """Run the injector, under ASan and UBSan, to its end."""
+    binary = _build("injector", *(CORE / name for name in ("inject.c", "proc.c", "error.c")))
+    environment = os.environ | ({"INJECTOR_GOES_ON": "1"} if goes_on else {})
+    done = subprocess.run(
+        [binary, *map(str, (pid, count, deadline_ms, *what))],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Report(**json.loads(done.stdout))
