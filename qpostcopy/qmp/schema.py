@@ -237,7 +237,11 @@ class Committed(Model):
 
 
 class Detach(Model):
-    """`qpc-detach`: unregister every range and close QEMU's copy of the userfaultfd."""
+    """`qpc-detach`: unregister every range and close QEMU's copy of the userfaultfd.
+
+    With nothing attached it only closes what a crashed handler left before the
+    commit. Refused after the commit while pages are missing: they would be zeroes.
+    """
 
 
 class Kill(Model):
@@ -256,14 +260,23 @@ class Connect(Model):
     token: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class ServePages(Model):
-    """`qpc-serve` (page server): the source is stopped; answer and push from now on.
+class Prepare(Model):
+    """`qpc-prepare` (page server): compile the push order for this RAM. Touches nothing.
 
-    `profile` is the resolved profile, as `Profile.model_dump(mode="json")` gives it.
+    `profile` is the resolved profile, as `Profile.model_dump(mode="json")` gives it. Asked
+    before anything is touched, so that a profile that does not fit this RAM costs nothing.
     """
 
     profile: dict[str, object]
     push_bytes_per_second: int | None = None
+
+
+class Prepared(Model):
+    extents: int
+
+
+class ServePages(Model):
+    """`qpc-serve` (page server): the source is stopped; answer and push from now on."""
 
 
 # --- controller ---------------------------------------------------------------------------
@@ -343,6 +356,7 @@ HANDLER: dict[str, tuple[type[Model], type[Model]]] = BOTH | {
     "qpc-kill": (Kill, Empty),
 }
 PAGE_SERVER: dict[str, tuple[type[Model], type[Model]]] = BOTH | {
+    "qpc-prepare": (Prepare, Prepared),
     "qpc-connect": (Connect, Empty),
     "qpc-serve": (ServePages, Empty),
     "qpc-stats": (Empty, SourceStats),

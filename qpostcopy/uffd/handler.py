@@ -1,0 +1,341 @@
+"""The userfault handler: the companion beside the destination QEMU.
+
+    idle -- qpc-attach, qpc-adopt --> attached -- qpc-listen, qpc-serve --> serving
+      ^                                  ^                                    |
+      +--------- qpc-detach -------------+---- qpc-listen (a new session) ----+
+
+Guarantees: a file of the source is never punched; a failed attach leaves nothing
+behind; `qpc-detach` is refused while it would turn missing pages of a committed
+guest into zeroes; the handler's own death costs nothing, for QEMU keeps the
+userfaultfd open and `handler.json` and the page maps tell the next one all.
+This process maps nothing that can fault, so no Python thread ever waits for a
+page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+
+from qpostcopy import inspect, regions
+from qpostcopy.companion import Companion, Options, WrongStateError
+from qpostcopy.core import PAGE_BYTES, HandlerCore, HandlerCounters, Hello, LaneKind
+from qpostcopy.errors import QpostcopyError
+from qpostcopy.lanes import (
+    Lanes,
+    LaneThreads,
+    Outcome,
+    is_harmless,
+    is_lane_trouble,
+    reason_of,
+)
+from qpostcopy.qmp import schema
+from qpostcopy.stats import latency_summary
+from qpostcopy.uffd import registration as ram
+from qpostcopy.uffd.listener import LaneListener
+from qpostcopy.uffd.registration import Registration, UnsafeRamError
+
+log = logging.getLogger(__name__)
+
+#: How long the lanes of a session may take to come in, counted from `qpc-serve`.
+LANES_SECONDS = 4.0
+_STATUS_SECONDS = 5.0
+#: Run states of a QEMU that waits for a migration: its RAM holds nothing yet.
+_WAITING = frozenset({"inmigrate"})
+
+
+class MissingPagesError(WrongStateError):
+    """Detaching now would make missing pages zeroes: the guest would be lost."""
+
+
+@dataclass(slots=True)
+class Session:
+    """One session of lanes, from `qpc-listen` on."""
+
+    listener: LaneListener
+    threads: LaneThreads
+    lanes: Lanes | None = None
+    serving: bool = False
+    reported: bool = False
+
+
+@dataclass(slots=True)
+class Attachment:
+    """What we hold once attached."""
+
+    registration: Registration
+    core: HandlerCore
+    fresh: bool = True
+    committed: bool = False
+    placed_reported: bool = False
+    sessions: int = 0
+    session: Session | None = field(default=None)
+
+
+class Handler(Companion):
+    """See the module."""
+
+    role = "handler"
+    side = "destination"
+    commands = schema.HANDLER
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._attachment: Attachment | None = None
+        self._changing = asyncio.Lock()
+
+    # --- attach, adopt, detach ----------------------------------------------------------------
+
+    async def qpc_attach(self, arguments: schema.Attach) -> schema.Attached:
+        """See schema.Attach.
+
+        :raise UnsafeRamError: nothing was touched.
+        """
+        async with self._changing:
+            self._expect_idle("qpc-attach")
+            if self._is_committed():
+                raise WrongStateError(
+                    "qpc-attach after the commit would empty the guest's RAM; use qpc-adopt"
+                )
+            await self.await_monitor()
+            blocks = ram.in_gpa_order(await regions.discover_blocks(self.monitor.execute, self.pid))
+            ram.refuse_unsafe(blocks, arguments.forbidden)
+            status = await self.query_status(_STATUS_SECONDS)
+            if status not in _WAITING:
+                raise UnsafeRamError(
+                    f"the destination QEMU is {status}, not waiting for a migration: its RAM "
+                    "may be in use",
+                    remedy="start it with -incoming defer",
+                )
+            others = await asyncio.to_thread(inspect.find_other_mappers, self.pid, blocks)
+            names = [f"{other.command} ({other.pid})" for other in others]
+            taken = await asyncio.to_thread(
+                ram.take, self.pid, blocks, self.options.state_dir, names
+            )
+            return await self._begin(taken, arguments.ahead_bytes, arguments.behind_bytes, True)
+
+    async def qpc_adopt(self, arguments: schema.Adopt) -> schema.Attached:
+        """See schema.Adopt. Works though QEMU's monitor hangs."""
+        async with self._changing:
+            self._expect_idle("qpc-adopt")
+            taken = await asyncio.to_thread(
+                ram.adopt, self.pid, arguments.uffd_fd, self.options.state_dir
+            )
+            return await self._begin(taken, arguments.ahead_bytes, arguments.behind_bytes, False)
+
+    async def _begin(
+        self, taken: Registration, ahead_bytes: int, behind_bytes: int, fresh: bool
+    ) -> schema.Attached:
+        """Make the core, and be attached. What cannot be begun is given back, if it is new."""
+        try:
+            core = await asyncio.to_thread(
+                self._make_core, taken, ahead_bytes // PAGE_BYTES, behind_bytes // PAGE_BYTES, fresh
+            )
+        except QpostcopyError:
+            if fresh:
+                await asyncio.to_thread(ram.give_back, taken, self.options.state_dir)
+            else:
+                ram.let_go(taken)
+            raise
+        attachment = Attachment(taken, core, fresh=fresh)
+        self._attachment = attachment
+        if self._is_committed():
+            self._commit(attachment)
+        asyncio.get_running_loop().add_reader(core.done_fd, self._on_done)
+        log.info("%s: %s", "attached" if fresh else "adopted", taken.described)
+        return taken.described
+
+    def _make_core(
+        self, taken: Registration, ahead_pages: int, behind_pages: int, fresh: bool
+    ) -> HandlerCore:
+        """Blocking. An adopted core learns what its predecessor has placed."""
+        core = HandlerCore(
+            taken.uffd,
+            taken.ram_blocks,
+            taken.mappings,
+            self.options.state_dir,
+            ahead_pages=ahead_pages,
+            behind_pages=behind_pages,
+            fresh=fresh,
+        )
+        try:
+            if not fresh:
+                ram.tell_what_is_there(taken, core)
+        except QpostcopyError:
+            core.close()
+            raise
+        return core
+
+    async def qpc_committed(self, _: schema.Committed) -> schema.Empty:
+        self._commit(self._attached("qpc-committed"))
+        return schema.Empty()
+
+    async def qpc_detach(self, _: schema.Detach) -> schema.Empty:
+        """See schema.Detach. Idempotent: nothing attached, nothing to do.
+
+        :raise MissingPagesError: the guest still needs pages that are not here.
+        """
+        attachment = self._attachment
+        if attachment is not None:
+            self._refuse_loss(attachment)
+            attachment.core.stop()
+        async with self._changing:
+            if self._attachment is None:
+                if not self._is_committed():
+                    await asyncio.to_thread(ram.close_leftovers, self.pid, self.options.state_dir)
+                return schema.Empty()
+            attachment = self._attachment
+            await self._end_session(attachment)
+            self._refuse_loss(attachment)
+            asyncio.get_running_loop().remove_reader(attachment.core.done_fd)
+            self._attachment = None
+            await asyncio.to_thread(ram.give_back, attachment.registration, self.options.state_dir)
+            attachment.core.close()
+            log.info("detached")
+        return schema.Empty()
+
+    async def qpc_kill(self, _: schema.Kill) -> schema.Empty:
+        await self.kill_qemu()
+        return schema.Empty()
+
+    # --- sessions of lanes --------------------------------------------------------------------
+
+    async def qpc_listen(self, arguments: schema.Listen) -> schema.Listening:
+        attachment = self._attached("qpc-listen")
+        attachment.core.stop()  # before the lock: a qpc-serve that waits in the core holds it
+        async with self._changing:
+            await self._end_session(attachment)
+            expected = Hello(
+                migration_id=self.options.migration_id,
+                token=bytes.fromhex(arguments.token),
+                kind=LaneKind.DEMAND,
+                index=0,
+                blocks=attachment.registration.ram_blocks,
+            )
+            listener = LaneListener(expected, arguments.push_lanes)
+            port = await listener.open(arguments.host, arguments.port)
+            session = Session(listener, LaneThreads(self._on_loop_end))
+            attachment.session = session
+            return schema.Listening(port=port)
+
+    async def qpc_serve(self, _: schema.Serve) -> schema.Empty:
+        attachment = self._attached("qpc-serve")
+        session = attachment.session
+        if session is None or session.serving:
+            raise WrongStateError("qpc-serve needs a new session of lanes: qpc-listen first")
+        session.serving = True
+        session.lanes = lanes = await session.listener.lanes(LANES_SECONDS)
+        async with self._changing:
+            if attachment is not self._attachment or attachment.session is not session:
+                raise WrongStateError("qpc-serve: this session of lanes was ended meanwhile")
+            await asyncio.to_thread(attachment.core.send_have, lanes.demand.fileno())
+            self._start_loops(attachment, session.threads, lanes)
+            if attachment.sessions or not attachment.fresh:
+                await asyncio.to_thread(attachment.core.wake_all)
+            attachment.sessions += 1
+        return schema.Empty()
+
+    async def qpc_stats(self, _: schema.Empty) -> schema.HandlerStats:
+        return _stats_of(self._attached("qpc-stats").core.stats())
+
+    @staticmethod
+    def _start_loops(attachment: Attachment, threads: LaneThreads, lanes: Lanes) -> None:
+        core = attachment.core
+        threads.start("demand", partial(core.run_demand, lanes.demand.fileno()))
+        for index, sock in enumerate(lanes.push):
+            threads.start(f"push {index}", partial(core.run_push, sock.fileno()))
+
+    @staticmethod
+    async def _end_session(attachment: Attachment) -> None:
+        """Stop the loops, join them, close the lanes; the core is ready for the next ones."""
+        session, attachment.session = attachment.session, None
+        attachment.core.stop()
+        if session is not None:
+            session.reported = True
+            await session.listener.close()
+            await session.threads.join()
+            if session.lanes is not None:
+                session.lanes.close()
+        await asyncio.to_thread(attachment.core.reset)
+
+    # --- what happens by itself ---------------------------------------------------------------
+
+    def _on_loop_end(self, name: str, outcome: Outcome) -> None:
+        """In the event loop: one of the core's loops has ended."""
+        attachment = self._attachment
+        session = attachment.session if attachment is not None else None
+        if attachment is None or session is None or is_harmless(outcome):
+            log.info("%s lane ended: %s", name, outcome)
+            return
+        log.warning("%s lane ended: %s", name, reason_of(outcome))
+        if not is_lane_trouble(outcome):
+            self.endpoint.emit(schema.Fatal(reason=f"{name} lane: {reason_of(outcome)}"))
+        elif not session.reported and attachment.core.stats().remaining_pages:
+            session.reported = True
+            self.endpoint.emit(schema.LaneLost(lane=name, reason=reason_of(outcome)))
+
+    def _on_done(self) -> None:
+        attachment = self._attachment
+        assert attachment is not None, "watched a core that is closed"
+        asyncio.get_running_loop().remove_reader(attachment.core.done_fd)
+        log.info("every page is placed or known to be zero")
+        self.endpoint.emit(schema.PlacedAll())
+
+    # --- guards -------------------------------------------------------------------------------
+
+    def _is_committed(self) -> bool:
+        """The controller's record of the commit: after it, this RAM is a guest's."""
+        return (self.options.state_dir / "committed").exists()
+
+    @staticmethod
+    def _commit(attachment: Attachment) -> None:
+        attachment.core.commit()
+        attachment.committed = True
+
+    def _attached(self, command: str) -> Attachment:
+        if self._attachment is None:
+            raise WrongStateError(f"{command}: this handler is not attached to its QEMU")
+        return self._attachment
+
+    def _expect_idle(self, command: str) -> None:
+        if self._attachment is not None:
+            raise WrongStateError(f"{command}: this handler is attached already")
+
+    def _refuse_loss(self, attachment: Attachment) -> None:
+        remaining = attachment.core.stats().remaining_pages
+        needed = attachment.committed or self._is_committed()
+        if needed and remaining and not self.qemu_gone:
+            raise MissingPagesError(
+                f"qpc-detach: {remaining} pages of the guest are still missing; detaching would "
+                "make them zeroes",
+                remedy="let the migration finish: qpostcopy resume",
+            )
+
+    async def close_service(self) -> None:
+        """End the loops; QEMU keeps its userfaultfd, and its guest waits for the next handler."""
+        attachment = self._attachment
+        if attachment is None:
+            return
+        attachment.core.stop()
+        async with self._changing:
+            await self._end_session(attachment)
+            asyncio.get_running_loop().remove_reader(attachment.core.done_fd)
+            self._attachment = None
+            attachment.core.close()
+            ram.let_go(attachment.registration)
+
+
+def _stats_of(counted: HandlerCounters) -> schema.HandlerStats:
+    """The core's counters as the schema gives them."""
+    own = schema.HandlerStats.model_fields.keys() - {"faults", "precopy_pages"}
+    faults = schema.FaultStats(
+        count=counted.faults,
+        local=counted.local_faults,
+        histogram=counted.histogram,
+        **latency_summary(counted.histogram, float(counted.fault_max_us)),
+    )
+    return schema.HandlerStats(
+        **{name: getattr(counted, name) for name in own}, precopy_pages=0, faults=faults
+    )

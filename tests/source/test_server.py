@@ -1,0 +1,133 @@
+"""The page server beside a real source QEMU: what it refuses, what it never changes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+import pytest
+
+from qpostcopy.config import Profile
+from qpostcopy.errors import UsageError
+from qpostcopy.qmp import schema
+from qpostcopy.qmp.client import RemoteError
+from tests.companions import MIB, Pair, assert_same_ram, connected, fill, memfd_backends, vm_pair
+from tests.qmp.support import private_directory
+
+pytestmark = [pytest.mark.vm, pytest.mark.root]
+
+SECONDS = 60.0
+TOKEN = "11" * 32
+
+
+def data_extents(fd: int, size_bytes: int) -> list[tuple[int, int]]:
+    """Where a file has pages."""
+    found, offset = [], 0
+    while offset < size_bytes:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError:
+            break
+        offset = os.lseek(fd, start, os.SEEK_HOLE)
+        found.append((start, offset))
+    return found
+
+
+def test_the_source_is_not_changed_and_its_holes_stay_holes() -> None:
+    async def body(pair: Pair) -> None:
+        async with asyncio.timeout(SECONDS), connected(pair):
+            await pair.start()
+            fd = pair.source_vm.ram_fd("ram0")
+            fill(fd, 64 * MIB, b"s")
+            before = data_extents(fd, 64 * MIB)
+            await pair.attach()
+            with pair.handler.client.subscribe("QPC_PLACED") as placed:
+                await pair.open_lanes(2)
+                await pair.serve()
+                await placed.get(30)
+            stats = await pair.page_server.client.call(
+                "qpc-stats", schema.Empty(), schema.SourceStats
+            )
+            assert stats.push_done
+            assert stats.hole_pages > 0
+            assert stats.zero_pages > 0
+            assert data_extents(fd, 64 * MIB) == before
+            await pair.detach()
+            assert_same_ram(pair)
+
+    with private_directory() as directory, vm_pair(directory, memfd_backends(64 * MIB)) as pair:
+        asyncio.run(body(pair))
+
+
+def test_pages_can_still_be_had_when_the_source_qemu_is_gone() -> None:
+    async def body(pair: Pair) -> None:
+        async with asyncio.timeout(SECONDS), connected(pair):
+            await pair.start()
+            fill(pair.source_vm.ram_fd("ram0"), 32 * MIB, b"s")
+            copy = os.dup(pair.source_vm.ram_fd("ram0"))
+            await pair.attach()
+            await pair.open_lanes()
+            await pair.serve(push_bytes_per_second=MIB)
+            pair.source_vm.kill()
+            with pair.handler.client.subscribe("QPC_PLACED") as placed:
+                await pair.open_lanes()
+                await pair.serve()
+                await placed.get(30)
+            await pair.detach()
+            pair.source_vm._memfds["ram0"] = copy
+            assert_same_ram(pair)
+
+    with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
+        asyncio.run(body(pair))
+
+
+def test_what_it_refuses() -> None:
+    async def body(pair: Pair) -> None:
+        async with asyncio.timeout(SECONDS), connected(pair):
+            client = await pair.page_server.start()
+            with pytest.raises(RemoteError, match="nothing to count yet"):
+                await client.call("qpc-stats", schema.Empty(), schema.SourceStats)
+            with pytest.raises(UsageError, match="the profile is not one"):
+                await client.call(
+                    "qpc-prepare", schema.Prepare(profile={"push": 5}), schema.Prepared
+                )
+            with pytest.raises(RemoteError, match="qpc-prepare first"):
+                await client.call("qpc-serve", schema.ServePages(), schema.Empty)
+            profile = Profile(name="in-order").model_dump(mode="json")
+            await client.call("qpc-prepare", schema.Prepare(profile=profile), schema.Prepared)
+            with pytest.raises(RemoteError, match="qpc-connect first"):
+                await client.call("qpc-serve", schema.ServePages(), schema.Empty)
+            with socket.create_server(("127.0.0.1", 0)) as other:
+                port = other.getsockname()[1]
+            nobody = schema.Connect(host="127.0.0.1", port=port, push_lanes=1, token=TOKEN)
+            with pytest.raises(RemoteError, match="cannot connect a lane") as caught:
+                await client.call("qpc-connect", nobody, schema.Empty)
+            assert "lanes.listen" in str(caught.value.remedy)
+            with pytest.raises(UsageError, match=r"qpc-connect: token"):
+                await client.execute(
+                    "qpc-connect",
+                    {"host": "127.0.0.1", "port": port, "push_lanes": 1, "token": "x"},
+                )
+            await pair.page_server.quit()
+
+    with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
+        asyncio.run(body(pair))
+
+
+def test_a_handler_that_stays_silent_is_given_up() -> None:
+    """It accepts the connection and never says hello."""
+
+    async def body(pair: Pair) -> None:
+        async with asyncio.timeout(SECONDS), connected(pair):
+            client = await pair.page_server.start()
+            with socket.create_server(("127.0.0.1", 0)) as mute:
+                arguments = schema.Connect(
+                    host="127.0.0.1", port=mute.getsockname()[1], push_lanes=1, token=TOKEN
+                )
+                with pytest.raises(RemoteError, match="did not finish its hello in time"):
+                    await client.call("qpc-connect", arguments, schema.Empty)
+            await client.call("qpc-hello", schema.Empty(), schema.Hello)
+
+    with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
+        asyncio.run(body(pair))

@@ -1,0 +1,156 @@
+"""Lanes come in, strangers do not, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import pytest
+
+from qpostcopy.core import Hello, HelloError, LaneKind, RamBlock, greet
+from qpostcopy.lanes import LaneSetupError
+from qpostcopy.qmp.schema import Connect
+from qpostcopy.source.connect import connect_lanes
+from qpostcopy.uffd.listener import LaneListener
+from tests.qmp.support import run
+
+TOKEN = bytes(range(32))
+BLOCKS = (RamBlock("ram", 1 << 20),)
+
+
+def hello(
+    kind: LaneKind = LaneKind.DEMAND,
+    index: int = 0,
+    token: bytes = TOKEN,
+    blocks: tuple[RamBlock, ...] = BLOCKS,
+) -> Hello:
+    return Hello("m-1", token, kind, index, blocks)
+
+
+async def connect(port: int, push_lanes: int) -> tuple[socket.socket, ...]:
+    arguments = Connect(host="127.0.0.1", port=port, push_lanes=push_lanes, token=TOKEN.hex())
+    lanes = await asyncio.to_thread(connect_lanes, arguments, "m-1", BLOCKS)
+    return (lanes.demand, *lanes.push)
+
+
+async def knock(port: int, words: bytes | Hello) -> None:
+    """Connect, say something, and wait to be thrown out."""
+
+    def body() -> None:
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            if isinstance(words, Hello):
+                greet(sock, words, 5)
+            else:
+                sock.sendall(words)
+            sock.settimeout(5)
+            assert sock.recv(1) == b""
+
+    await asyncio.to_thread(body)
+
+
+def test_all_lanes_come_in_in_order() -> None:
+    async def body() -> None:
+        listener = LaneListener(hello(), push_lanes=3)
+        port = await listener.open("127.0.0.1", 0)
+        theirs = await connect(port, 3)
+        lanes = await listener.lanes(5)
+        for ours, other in zip((lanes.demand, *lanes.push), theirs, strict=True):
+            assert ours.getpeername() == other.getsockname()
+            other.close()
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", port))
+        await listener.close()
+        assert lanes.demand.fileno() >= 0  # taken: ours to close
+        lanes.close()
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("stranger", "told"),
+    [
+        (hello(token=bytes(32)), "token differs"),
+        (hello(blocks=(RamBlock("ram", 2 << 20),)), "RAM blocks differ"),
+        (b"GET / HTTP/1.1\r\n\r\n" + b"x" * 200, None),
+    ],
+)
+def test_strangers_are_dropped_and_spoil_nothing(stranger: bytes | Hello, told: str | None) -> None:
+    async def body() -> None:
+        listener = LaneListener(hello(), push_lanes=1)
+        port = await listener.open("127.0.0.1", 0)
+        with socket.create_connection(("127.0.0.1", port)):  # silent, and stays
+            if told is None:
+                with contextlib.suppress(ConnectionError):  # dropped with our words unread
+                    await knock(port, stranger)
+            else:
+                with pytest.raises(HelloError, match=told):
+                    await knock(port, stranger)
+            theirs = await connect(port, 1)
+            lanes = await listener.lanes(5)
+            await listener.close()
+        for sock in (*theirs, lanes.demand, *lanes.push):
+            sock.close()
+
+    run(body)
+
+
+def test_a_lane_that_is_there_already_or_not_wanted_is_dropped() -> None:
+    async def body() -> None:
+        listener = LaneListener(hello(), push_lanes=1)
+        port = await listener.open("127.0.0.1", 0)
+        first = socket.create_connection(("127.0.0.1", port))
+        await asyncio.to_thread(greet, first, hello(), 5)
+        await knock(port, hello())
+        await knock(port, hello(LaneKind.PUSH, 1))
+        second = socket.create_connection(("127.0.0.1", port))
+        await asyncio.to_thread(greet, second, hello(LaneKind.PUSH, 0), 5)
+        lanes = await listener.lanes(5)
+        assert lanes.demand.getpeername() == first.getsockname()
+        await listener.close()
+        lanes.close()
+        first.close()
+        second.close()
+
+    run(body)
+
+
+def test_lanes_that_do_not_come_are_named_and_those_that_came_are_closed() -> None:
+    async def body() -> None:
+        listener = LaneListener(hello(), push_lanes=2)
+        port = await listener.open("127.0.0.1", 0)
+        first = socket.create_connection(("127.0.0.1", port))
+        await asyncio.to_thread(greet, first, hello(), 5)
+        with pytest.raises(LaneSetupError, match="push 0, push 1 missing"):
+            await listener.lanes(0.05)
+        await listener.close()
+        assert first.recv(1) == b""
+        first.close()
+
+    run(body)
+
+
+def test_close_ends_a_greeting_in_progress() -> None:
+    async def body() -> None:
+        listener = LaneListener(hello(), push_lanes=1)
+        port = await listener.open("127.0.0.1", 0)
+        silent = socket.create_connection(("127.0.0.1", port))
+        while not listener._greetings:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        async with asyncio.timeout(2):  # well below the deadline of a hello
+            await listener.close()
+        assert silent.recv(1) == b""
+        silent.close()
+
+    run(body)
+
+
+def test_an_address_that_cannot_be_listened_on() -> None:
+    async def body() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            listener = LaneListener(hello(), push_lanes=1)
+            with pytest.raises(LaneSetupError, match="cannot listen"):
+                await listener.open("127.0.0.1", other.getsockname()[1])
+            await listener.close()
+
+    run(body)
