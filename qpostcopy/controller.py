@@ -1,0 +1,413 @@
+"""The controller: one detached process that takes one migration through its phases.
+
+    CLI migrate, status, abort  --QMP-->  controller  --QMP-->  page server, handler
+
+Guarantees: it survives its terminal and whoever started it; every phase change
+is on disk before anybody hears of it; exactly one result is written and sent.
+Before the commit any failure, abort or time limit ends in recovery.roll_back;
+after it the only ways are on, `interrupted`, or `failed`. Our own bugs are
+failures like any other: they take the same ways.
+
+`python -m qpostcopy.controller STATE_DIR [--resume] [--ready-fd N]`; the run
+begins at the end of its standard input, so that its starter can connect first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from qpostcopy import __version__
+from qpostcopy.config import Plan, load_plan
+from qpostcopy.errors import (
+    BeforeSwitchTimeoutError,
+    ExitCode,
+    InterruptedMigrationError,
+    QpostcopyError,
+    RefusedError,
+    StateLostError,
+)
+from qpostcopy.migration import Migration, now_seconds, together, trouble
+from qpostcopy.outcome import CancelledError, Outcome, Signal, make_result
+from qpostcopy.phases import BEFORE_COMMIT, TERMINAL, Phase, PhaseMachine
+from qpostcopy.postcopy import complete, current_stats, run_postcopy
+from qpostcopy.prepare import PREPARE
+from qpostcopy.process import Process
+from qpostcopy.progress import Meter, Progress
+from qpostcopy.qmp import schema
+from qpostcopy.qmp.server import Endpoint
+from qpostcopy.recovery import leave_companions, roll_back
+from qpostcopy.report import Location, Result, ResultStatus
+from qpostcopy.side import LOG_LEVEL_VARIABLE, EventBook, NotProvenGoneError, Side
+from qpostcopy.state import PhaseStamp, StateDirectory
+from qpostcopy.switchover import COMMIT, SWITCHOVER, run_steps
+
+log = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 0.5
+#: Longest wait for whoever started us to connect.
+GO_SECONDS = 10.0
+CONTROL_SOCKET = "controller.sock"
+
+
+class AbortRefusedError(QpostcopyError):
+    """Abort came too late."""
+
+
+class ControllerDiedError(QpostcopyError):
+    """Why a resumed migration rolls back: it was not committed when its controller died."""
+
+
+class Controller:
+    """One migration, from its state directory.
+
+    :param resuming: another controller has begun it.
+    """
+
+    def __init__(self, directory: StateDirectory, plan: Plan, *, resuming: bool) -> None:
+        self._directory = directory
+        self._resuming = resuming
+        self._abort: asyncio.Future[Signal | None] = asyncio.get_running_loop().create_future()
+        self._endpoint = Endpoint(directory.path / CONTROL_SOCKET, schema.CONTROLLER, self)
+        self._progress = Progress(phase=directory.state.phase)
+        self._outcome: Outcome | None = None
+        self._result: dict[str, object] | None = None
+        book = EventBook()
+        pids = {"source": plan.source.pid, "destination": plan.destination.pid}
+        hints = {role: pid if isinstance(pid, int) else None for role, pid in pids.items()}
+        self._migration = Migration(
+            directory=directory,
+            plan=plan,
+            machine=PhaseMachine(directory.state.phase, self._on_phase),
+            book=book,
+            source=Side("source", directory, book, hints["source"]),
+            destination=Side("destination", directory, book, hints["destination"]),
+            say=self._say,
+        )
+
+    # --- life -----------------------------------------------------------------------------
+
+    async def listen(self) -> None:
+        """Be reachable; nothing has begun."""
+        await self._endpoint.listen()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    async def run(self) -> ExitCode:
+        """The whole migration. Its failures are in the result, not raised."""
+        self._send("phase", phase=self._migration.machine.phase, **self._place())
+        ticker = asyncio.create_task(self._tick())
+        try:
+            outcome = await (self._resume() if self._resuming else self._migrate())
+        finally:
+            ticker.cancel()
+            await asyncio.wait([ticker])
+        result = await self._conclude(outcome)
+        await self._endpoint.close()
+        return ExitCode(result.rc)
+
+    async def _migrate(self) -> Outcome:
+        try:
+            await self._until_commit()
+        except Exception as error:
+            if not self._directory.committed:
+                return await self._go_back(error)
+            log.exception("after the record of the commit")
+        return await self._go_on()
+
+    async def _resume(self) -> Outcome:
+        if self._directory.committed:
+            return await self._go_on("resumed")
+        return await self._go_back(
+            ControllerDiedError("the controller died before the commit; rolled back")
+        )
+
+    async def _until_commit(self) -> None:
+        """All steps up to the record; abort, time limit and trouble end it early.
+
+        The record is the last thing that the work does, so either it is there
+        or the guards have won: never both.
+        """
+        limit_seconds = self._migration.plan.limits.before_switch_seconds
+        guards = [
+            asyncio.ensure_future(guard)
+            for guard in (self._aborted(), self._troubled(), self._timed_out(limit_seconds))
+        ]
+        work = asyncio.ensure_future(self._work_until_commit())
+        try:
+            await asyncio.wait([work, *guards], return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+                await asyncio.wait([work])
+            if self._directory.committed:
+                return
+            for task in (*guards, work):
+                if task.done() and not task.cancelled():
+                    task.result()
+        finally:
+            await _cancel(work, *guards)
+
+    async def _work_until_commit(self) -> None:
+        await run_steps(self._migration, PREPARE)
+        self._migration.machine.set(Phase.SWITCHOVER)
+        await run_steps(self._migration, SWITCHOVER)
+
+    async def _aborted(self) -> None:
+        raise CancelledError(await asyncio.shield(self._abort))
+
+    async def _troubled(self) -> None:
+        seen = await self._migration.book.wait(lambda seen: trouble(seen) is not None)
+        error = trouble(seen)
+        assert error is not None
+        raise error
+
+    async def _timed_out(self, limit_seconds: float) -> None:
+        await asyncio.sleep(limit_seconds)
+        raise BeforeSwitchTimeoutError(
+            f"limits.before_switch ({limit_seconds:g} s) passed before the commit"
+        )
+
+    async def _go_back(self, error: Exception) -> Outcome:
+        log.warning("rolling back: %s", error, exc_info=not isinstance(error, QpostcopyError))
+        status = self._status_before_commit(error)
+        try:
+            location = await roll_back(self._migration)
+        except Exception as lost:
+            log.exception("rollback failed")
+            self._migration.machine.set(Phase.FAILED)
+            return Outcome(ResultStatus.FAILED, self._location_after_failure(lost), lost)
+        if location == "ended":
+            self._migration.machine.set(Phase.COMPLETE)
+            return Outcome(ResultStatus.COMPLETED, "ended")
+        self._migration.machine.set(Phase.ROLLED_BACK)
+        return Outcome(status, location, error)
+
+    def _status_before_commit(self, error: Exception) -> ResultStatus:
+        if isinstance(error, CancelledError):
+            return ResultStatus.CANCELLED
+        if isinstance(error, BeforeSwitchTimeoutError):
+            return ResultStatus.TIMED_OUT
+        if isinstance(error, RefusedError) and self._migration.machine.phase is Phase.PREPARE:
+            return ResultStatus.REFUSED
+        return ResultStatus.ROLLED_BACK
+
+    def _location_after_failure(self, error: Exception) -> Location:
+        if isinstance(error, NotProvenGoneError) or self._directory.committed:
+            return "unknown"
+        return "source" if self._migration.source.qemu_alive() else "ended"
+
+    async def _go_on(self, problem: str = "") -> Outcome:
+        """After the commit: the guest is the destination's, whatever happens.
+
+        :param problem: why the session of lanes, or what there is of it, cannot be trusted.
+        """
+        machine = self._migration.machine
+        try:
+            if machine.phase is not Phase.COMPLETE:
+                problem = problem or await self._start_destination()
+                if machine.phase is not Phase.POSTCOPY:
+                    machine.set(Phase.POSTCOPY)
+                location = await run_postcopy(self._migration, problem)
+                self._directory.update(guest_ended=location == "ended")
+                machine.set(Phase.COMPLETE)
+            else:
+                location = "ended" if self._directory.state.guest_ended else "destination"
+            return Outcome(ResultStatus.COMPLETED, await complete(self._migration, location))
+        except StateLostError as error:
+            machine.set(Phase.FAILED)
+            return Outcome(ResultStatus.FAILED, self._location_after_commit(), error)
+        except Exception as error:
+            if not isinstance(error, InterruptedMigrationError):
+                log.exception("after the commit")
+            if machine.phase not in TERMINAL:
+                machine.set(Phase.INTERRUPTED)
+            return Outcome(ResultStatus.INTERRUPTED, "destination", error)
+
+    async def _start_destination(self) -> str:
+        """What went wrong, if anything did: whether `cont` arrived is found out by asking."""
+        try:
+            await run_steps(self._migration, COMMIT)
+        except QpostcopyError as error:
+            return f"starting the guest: {error}"
+        return ""
+
+    def _location_after_commit(self) -> Location:
+        return "destination" if self._migration.destination.qemu_alive() else "ended"
+
+    # --- what others see ------------------------------------------------------------------
+
+    async def qpc_hello(self, _: schema.Empty) -> schema.Hello:
+        return schema.Hello(
+            role="controller",
+            version=__version__,
+            migration_id=self._directory.migration_id,
+            pid=os.getpid(),
+            qemu_pid=None,
+            monitor="none",
+        )
+
+    async def qpc_status(self, _: schema.Empty) -> schema.Status:
+        place = self._place()
+        return schema.Status(
+            migration_id=self._directory.migration_id,
+            phase=self._migration.machine.phase,
+            vm_location=place["vm_location"],
+            abort_safe=bool(place["abort_safe"]),
+            message=str(place["message"]),
+            progress=self._progress.model_dump(mode="json"),
+            result=self._result,
+        )
+
+    async def qpc_abort(self, arguments: schema.Abort) -> schema.Empty:
+        self._request_abort(arguments.signal)
+        return schema.Empty()
+
+    def _request_abort(self, signal_name: Signal | None) -> None:
+        """:raise AbortRefusedError: the guest may run at the destination already."""
+        if self._directory.committed:
+            raise AbortRefusedError(
+                "the migration is committed: the VM is at the destination, and abort is not "
+                "possible any more",
+                remedy="let it finish; the guest runs meanwhile",
+            )
+        if not self._abort.done():
+            self._abort.set_result(signal_name)
+
+    def _on_signal(self, number: int) -> None:
+        name: Signal = "SIGINT" if number == signal.SIGINT else "SIGTERM"
+        try:
+            self._request_abort(name)
+        except AbortRefusedError as error:
+            self._say("warning", f"{name}: {error}")
+
+    def _on_phase(self, old: Phase, new: Phase) -> None:
+        stamp = PhaseStamp(name=new, start_seconds=now_seconds())
+        phases = (*self._directory.state.phases, stamp)
+        self._directory.update(phase=new, phases=phases)
+        self._progress = self._progress.model_copy(update={"phase": new.value})
+        self._send("phase", phase=new, previous=old, **self._place())
+
+    def _place(self) -> dict[str, object]:
+        """Where the VM is and whether abort is safe, in words too."""
+        committed = self._directory.committed
+        location: Location = "destination" if committed else "source"
+        if self._outcome is not None:
+            location = self._outcome.location
+        safe = not committed and self._migration.machine.phase in BEFORE_COMMIT
+        advice = "abort is safe" if safe else "abort is not possible"
+        return {
+            "vm_location": location,
+            "abort_safe": safe,
+            "message": f"VM at: {location}; {advice}",
+        }
+
+    def _say(self, level: Literal["info", "warning"], message: str) -> None:
+        log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", message)
+        self._send("log", level=level, message=message)
+
+    def _send(self, kind: str, **content: object) -> None:
+        """One object of the `--json` stream to every viewer."""
+        message: dict[str, object] = {
+            "v": 1,
+            "type": kind,
+            "ts": round(time.time(), 6),
+            "migration_id": self._directory.migration_id,
+        }
+        self._endpoint.emit(schema.ControllerMessage(message=message | content))
+
+    async def _tick(self) -> None:
+        meter = Meter()
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            if self._migration.machine.phase is not Phase.POSTCOPY:
+                continue
+            stats = await current_stats(self._migration)
+            if stats is not None:
+                self._progress = meter.measure(
+                    self._migration.machine.phase, stats, now_seconds(), self._migration.downtime_ms
+                )
+                self._send("progress", **self._progress.model_dump(mode="json"))
+
+    # --- the end --------------------------------------------------------------------------
+
+    async def _conclude(self, outcome: Outcome) -> Result:
+        """Write the result, tell it, and leave nothing running that is not needed."""
+        self._outcome = outcome
+        result = make_result(self._migration, outcome)
+        if outcome.status is ResultStatus.INTERRUPTED:
+            await leave_companions(self._migration)
+        else:
+            await together(self._migration.source.quit(), self._migration.destination.quit())
+            (self._directory.path / "device-state.sock").unlink(missing_ok=True)
+        self._result = result.to_json()
+        self._directory.write_result(self._result)
+        self._send("result", **self._result)
+        return result
+
+
+async def _cancel(*tasks: asyncio.Future[None]) -> None:
+    """Cancel what still runs and collect all, so that no exception is left unread."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# --- the process --------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of `python -m qpostcopy.controller`."""
+    parser = argparse.ArgumentParser(prog="qpostcopy.controller")
+    parser.add_argument("state_dir", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--ready-fd", type=int)
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=os.environ.get(LOG_LEVEL_VARIABLE, "info").upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        directory = StateDirectory.open(options.state_dir)
+        with directory.lock():
+            return asyncio.run(_run(directory, options.resume, options.ready_fd))
+    except QpostcopyError as error:
+        print(f"qpostcopy: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+async def _run(directory: StateDirectory, resuming: bool, ready_fd: int | None) -> ExitCode:
+    plan = load_plan(directory.path / "plan.yaml")
+    controller = Controller(directory, plan, resuming=resuming)
+    directory.update(controller=Process.of(os.getpid()))
+    if resuming:
+        (directory.path / "result.json").unlink(missing_ok=True)
+    await controller.listen()
+    if ready_fd is not None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(ready_fd, b"ready\n")
+        os.close(ready_fd)
+    await asyncio.to_thread(_wait_for_go)
+    return await controller.run()
+
+
+def _wait_for_go() -> None:
+    """Until our standard input ends, or too long."""
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
+    poll.poll(GO_SECONDS * 1000)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

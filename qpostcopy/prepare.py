@@ -1,0 +1,262 @@
+"""Prepare: look at both sides, refuse or not, and ready the waiting destination.
+
+The source runs on as it was; nothing here can stop it. What is changed (the
+destination's autostart, its RAM, capabilities and parameters of both QEMUs) is
+in state.json before it is changed, so that recovery.py can put it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qpostcopy.errors import QpostcopyError, RefusedError
+from qpostcopy.migration import (
+    COMMAND_SECONDS,
+    QUERY_SECONDS,
+    Migration,
+    Step,
+    TroubleError,
+    together,
+)
+from qpostcopy.preflight import judge
+from qpostcopy.process import Process
+from qpostcopy.qmp import schema
+from qpostcopy.report import FindingReport
+from qpostcopy.side import Role
+from qpostcopy.state import other_migration_of, registry_lock
+
+#: What each QEMU's capabilities must be; any other of `_OFF` is switched off.
+_ON: dict[Role, frozenset[str]] = {
+    "source": frozenset({"x-ignore-shared", "events", "pause-before-switchover"}),
+    # late-block-activate: the destination takes the disk locks at `cont`, not when it loads.
+    "destination": frozenset({"x-ignore-shared", "events", "late-block-activate"}),
+}
+_OFF = frozenset(
+    {
+        # return-path lets the destination's success decide at the source: that is ours to decide.
+        "return-path",
+        "postcopy-ram",
+        "postcopy-preempt",
+        "postcopy-blocktime",
+        "multifd",
+        "compress",
+        "xbzrle",
+        "rdma-pin-all",
+        "auto-converge",
+        "zero-blocks",
+        "block",
+        "x-colo",
+        "release-ram",
+        "background-snapshot",
+        "zero-copy-send",
+        "dirty-limit",
+        "mapped-ram",
+        "switchover-ack",
+    }
+)
+#: Device state should flow at once: it is small, and the guest is stopped meanwhile.
+_PARAMETERS = {"max-bandwidth": 1 << 40, "downtime-limit": 30_000}
+
+ATTACH_SECONDS = 120.0
+
+
+class PreflightRefusedError(RefusedError):
+    """Preflight found reasons not to begin. All of them are in `findings`."""
+
+    def __init__(self, findings: Sequence[FindingReport]) -> None:
+        super().__init__(
+            f"refused: {len(findings)} finding{'s' if len(findings) > 1 else ''}; "
+            "nothing was touched",
+            remedy=findings[0].remedy if findings else None,
+        )
+        self.findings = tuple(findings)
+        self.code = "refused"
+
+
+class AlreadyMigratingError(RefusedError):
+    """An unfinished migration has one of these QEMUs."""
+
+
+async def start_companions(migration: Migration) -> None:
+    """Both at once; each takes its QEMU's monitor."""
+    await together(migration.source.ensure(), migration.destination.ensure())
+
+
+async def inspect(migration: Migration) -> None:
+    """Learn the facts of both sides. Nothing is touched."""
+    source, destination = await together(
+        *(
+            side.call("qpc-inspect", schema.Inspect(), schema.SideFacts)
+            for side in (migration.source, migration.destination)
+        )
+    )
+    migration.facts = {"source": source, "destination": destination}
+    directory = migration.directory
+    for role, facts in migration.facts.items():
+        process = Process(pid=facts.pid, start_ticks=facts.pid_start_ticks)
+        directory.update_side(role, qemu=process, version=facts.qemu_version)
+    directory.update(
+        was_running=source.running,
+        ram_bytes=sum(block.size_bytes for block in source.blocks),
+        unshared_bytes=source.unshared_bytes,
+    )
+
+
+async def refuse_second_migration(migration: Migration) -> None:
+    """No QEMU takes part in two migrations. Our own QEMUs are in state.json already."""
+    with registry_lock():
+        other = other_migration_of(migration.directory)
+    if other is not None:
+        raise AlreadyMigratingError(
+            f"another migration of this VM is unfinished: {other.migration_id} "
+            f"({other.state.phase})",
+            remedy=f"watch it with `qpostcopy status {other.migration_id}`; if its controller is "
+            f"dead: `qpostcopy resume {other.migration_id}`",
+        )
+
+
+async def judge_both_sides(migration: Migration) -> None:
+    """Refuse if anything speaks against it, with all that does."""
+    findings = judge(migration.plan, migration.facts["source"], migration.facts["destination"])
+    if findings:
+        raise PreflightRefusedError(
+            [
+                FindingReport(
+                    code=found.code, side=found.side, message=found.message, remedy=found.remedy
+                )
+                for found in findings
+            ]
+        )
+
+
+async def compile_push_order(migration: Migration) -> None:
+    """The profile against this RAM, while a misfit costs nothing yet.
+
+    :raise UsageError: a step names a block or an offset that this VM does not have.
+    """
+    plan = migration.plan
+    await migration.source.call(
+        "qpc-prepare",
+        schema.Prepare(
+            profile=plan.profile.model_dump(mode="json"),
+            push_bytes_per_second=plan.limits.push_bytes_per_second,
+        ),
+        schema.Prepared,
+        COMMAND_SECONDS,
+    )
+
+
+async def hold_destination(migration: Migration) -> None:
+    """`stop` while `inmigrate` clears autostart: it will load and stay paused."""
+    migration.directory.update(stop_sent=True)
+    await migration.destination.execute("stop", None, COMMAND_SECONDS)
+    status = await migration.destination.query("query-status", QUERY_SECONDS)
+    if status.get("status") != "inmigrate":
+        raise TroubleError(
+            "destination-not-waiting",
+            f"the destination QEMU is {status.get('status')}, not inmigrate",
+            remedy="start it with -incoming defer",
+        )
+
+
+async def attach(migration: Migration) -> None:
+    """Userfaultfd into the destination, all RAM registered and punched empty."""
+    directory, policy = migration.directory, migration.plan.profile.fault
+    directory.update(userfaultfds_before=migration.facts["destination"].userfaults)
+    forbidden = {
+        schema.FileIdentity(device=block.device, inode=block.inode)
+        for block in migration.facts["source"].blocks
+        if block.device is not None and block.inode is not None
+    }
+    attached = await migration.destination.call(
+        "qpc-attach",
+        schema.Attach(
+            forbidden=tuple(sorted(forbidden, key=lambda file: (file.device, file.inode))),
+            ahead_bytes=policy.ahead_bytes,
+            behind_bytes=policy.behind_bytes,
+        ),
+        schema.Attached,
+        ATTACH_SECONDS,
+    )
+    directory.update(uffd_fd=attached.uffd_fd)
+
+
+async def set_capabilities(migration: Migration) -> None:
+    """Both QEMUs; what they had is saved first, and restored at the end or on the way back."""
+    for role in ("source", "destination"):
+        before = {
+            str(item["capability"]): bool(item["state"])
+            for item in await _list_of(migration, role, "query-migrate-capabilities")
+        }
+        migration.directory.update_side(role, capabilities=before)
+        if missing := _ON[role] - before.keys():
+            raise TroubleError(
+                "capability-missing",
+                f"the {role} QEMU does not know the capability {', '.join(sorted(missing))}",
+                remedy="QEMU 5.2 or later is needed",
+            )
+        wanted = {name: name in _ON[role] for name in before if name in _ON[role] | _OFF}
+        changed = {name: state for name, state in wanted.items() if before[name] != state}
+        await set_capability_states(migration, role, changed)
+
+
+async def set_capability_states(migration: Migration, role: Role, states: dict[str, bool]) -> None:
+    """QMP `migrate-set-capabilities`, which fails while a migration runs."""
+    listed = [{"capability": name, "state": state} for name, state in states.items()]
+    if listed:
+        await migration.side(role).execute(
+            "migrate-set-capabilities", {"capabilities": listed}, COMMAND_SECONDS
+        )
+
+
+async def set_parameters(migration: Migration) -> None:
+    """The source only: it is the sender."""
+    before = await migration.source.query("query-migrate-parameters", QUERY_SECONDS)
+    saved = {name: value for name in _PARAMETERS if isinstance(value := before.get(name), int)}
+    migration.directory.update_side("source", parameters=saved)
+    await migration.source.execute("migrate-set-parameters", _PARAMETERS, COMMAND_SECONDS)
+
+
+async def open_lanes(migration: Migration) -> None:
+    """A session of lanes: the handler listens, the page server connects."""
+    lanes, token = migration.plan.lanes, migration.state.token
+    port = 0 if lanes.port == "auto" else lanes.port
+    listening = await migration.destination.call(
+        "qpc-listen",
+        schema.Listen(host=lanes.listen, port=port, push_lanes=lanes.push, token=token),
+        schema.Listening,
+        COMMAND_SECONDS,
+    )
+    await migration.source.call(
+        "qpc-connect",
+        schema.Connect(host=lanes.listen, port=listening.port, push_lanes=lanes.push, token=token),
+        schema.Empty,
+        COMMAND_SECONDS,
+    )
+
+
+async def serve_faults(migration: Migration) -> None:
+    """The handler goes to work: what faults before the switch waits for the page server."""
+    await migration.destination.call("qpc-serve", schema.Serve(), schema.Empty, COMMAND_SECONDS)
+
+
+async def _list_of(migration: Migration, role: Role, command: str) -> list[dict[str, object]]:
+    reply = await migration.side(role).execute(command, None, QUERY_SECONDS)
+    if not isinstance(reply, list):
+        raise QpostcopyError(f"{command}: QEMU returned {reply!r}, not a list")
+    return reply
+
+
+PREPARE: tuple[Step, ...] = (
+    start_companions,
+    inspect,
+    refuse_second_migration,
+    judge_both_sides,
+    compile_push_order,
+    hold_destination,
+    attach,
+    set_capabilities,
+    set_parameters,
+    open_lanes,
+    serve_faults,
+)

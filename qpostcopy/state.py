@@ -1,0 +1,313 @@
+"""The state directory of one migration: all that its processes must remember of it.
+
+Guarantees: `state.json` is replaced whole or not at all and is on disk when
+`update` returns; `committed` is a file of its own, so that the point of no
+return is one directory entry and depends on nothing else being readable; one
+controller at a time holds the lock. What is written here is enough to find out,
+after any process was killed, where the VM is and who may run it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from qpostcopy.errors import QpostcopyError, StateLostError, UsageError
+from qpostcopy.phases import Phase
+from qpostcopy.process import Process
+from qpostcopy.qmp.schema import Model
+
+RUN_DIRECTORY = "/run/qpostcopy"
+_ID = re.compile(r"^(?P<name>.+)-(?P<time>\d{8}T\d{6})$")
+
+
+class UnknownMigrationError(UsageError):
+    """No state directory of this ID or plan name."""
+
+
+class StateUnreadableError(StateLostError):
+    """`state.json` is missing or not what we wrote."""
+
+
+class ControllerAliveError(QpostcopyError):
+    """Another controller holds this migration's lock."""
+
+
+class SideState(Model):
+    """What we know of one side, and how its QEMU was before we came."""
+
+    qmp: str
+    qemu: Process | None = None
+    companion: Process | None = None
+    restarts: int = 0
+    version: str = ""
+    capabilities: dict[str, bool] | None = None
+    parameters: dict[str, int] | None = None
+
+
+class PhaseStamp(Model):
+    """When a phase began, by CLOCK_MONOTONIC."""
+
+    name: Phase
+    start_seconds: float
+
+
+class MigrationState(Model):
+    """`state.json`. Each field is written before the act that it announces."""
+
+    version: Literal[1] = 1
+    migration_id: str
+    plan_name: str
+    profile: str
+    controller: Process | None = None
+    phase: Phase = Phase.PREPARE
+    phases: tuple[PhaseStamp, ...]
+    was_running: bool | None = None
+    source: SideState
+    destination: SideState
+    #: the destination may have been told `stop` while `inmigrate`
+    stop_sent: bool = False
+    #: userfaultfds in QEMU before ours; None: ours was not injected
+    userfaultfds_before: tuple[int, ...] | None = None
+    uffd_fd: int | None = None
+    #: the destination may have been told `migrate-incoming`: it may have loaded something
+    incoming_sent: bool = False
+    #: the source may have been told `migrate`
+    migrate_sent: bool = False
+    token: str
+    ram_bytes: int = 0
+    unshared_bytes: int = 0
+    stopped_seconds: float | None = None
+    resumed_seconds: float | None = None
+    served_seconds: float | None = None
+    #: the destination's guest was shut down
+    guest_ended: bool = False
+
+    def side(self, role: Literal["source", "destination"]) -> SideState:
+        return self.source if role == "source" else self.destination
+
+
+def run_directory() -> Path:
+    """Where the state directories are."""
+    return Path(os.environ.get("QPOSTCOPY_RUN_DIR", RUN_DIRECTORY))
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file whole: on return it is on disk under its name."""
+    fresh = path.with_name(path.name + ".new")
+    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class StateDirectory:
+    """One migration's directory. `state` is what is on disk, as far as we wrote it."""
+
+    def __init__(self, path: Path, state: MigrationState) -> None:
+        self.path = path
+        self.state = state
+
+    @property
+    def migration_id(self) -> str:
+        return self.path.name
+
+    @classmethod
+    def create(
+        cls,
+        plan_name: str,
+        *,
+        plan_text: str,
+        profile: str,
+        source_qmp: Path,
+        destination_qmp: Path,
+    ) -> StateDirectory:
+        """A new directory (0700) with a new ID, plan.yaml and state.json in it."""
+        path = _make_directory(plan_name)
+        state = MigrationState(
+            migration_id=path.name,
+            plan_name=plan_name,
+            profile=profile,
+            phases=(PhaseStamp(name=Phase.PREPARE, start_seconds=time.monotonic()),),
+            source=SideState(qmp=str(source_qmp)),
+            destination=SideState(qmp=str(destination_qmp)),
+            token=os.urandom(32).hex(),
+        )
+        directory = cls(path, state)
+        write_durably(path / "plan.yaml", plan_text)
+        write_durably(directory._state_file, state.model_dump_json(indent=1))
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> StateDirectory:
+        """Read a directory.
+
+        :raise StateUnreadableError: there is no usable state.json.
+        """
+        try:
+            state = MigrationState.model_validate_json((path / "state.json").read_text())
+        except (OSError, ValidationError) as error:
+            raise StateUnreadableError(
+                f"{path}/state.json cannot be read ({error.__class__.__name__}): where the VM is, "
+                "is unknown to us",
+                remedy="ask both QEMUs with query-status; never `cont` the source while the "
+                "destination process lives",
+            ) from error
+        return cls(path, state)
+
+    @classmethod
+    def find(cls, name: str | None) -> StateDirectory:
+        """By ID, or the latest of a plan's name; None: the latest of all.
+
+        :raise UnknownMigrationError: there is none.
+        """
+        for path in reversed(_directories()):
+            parts = _ID.match(path.name)
+            if name is None or path.name == name or (parts and parts["name"] == name):
+                return cls.open(path)
+        wanted = f"no migration {name!r}" if name else "no migration"
+        known = ", ".join(path.name for path in _directories()[-5:])
+        raise UnknownMigrationError(
+            f"{wanted} in {run_directory()}",
+            remedy=f"known: {known}" if known else "`qpostcopy migrate PLAN` starts one",
+        )
+
+    @classmethod
+    def all(cls) -> Iterator[StateDirectory]:
+        """Every readable directory, oldest first."""
+        for path in _directories():
+            with suppress(StateUnreadableError):
+                yield cls.open(path)
+
+    @property
+    def _state_file(self) -> Path:
+        return self.path / "state.json"
+
+    def note(self, **changes: object) -> None:
+        """Change fields that nothing depends on; they go to disk with the next update."""
+        unknown = changes.keys() - MigrationState.model_fields.keys()
+        assert not unknown, f"no such state: {unknown}"
+        self.state = self.state.model_copy(update=changes)
+
+    def update(self, **changes: object) -> None:
+        """Change fields of the state; on return they are on disk."""
+        self.note(**changes)
+        write_durably(self._state_file, self.state.model_dump_json(indent=1))
+
+    def update_side(self, role: Literal["source", "destination"], **changes: object) -> None:
+        """Change fields of one side; on return they are on disk."""
+        unknown = changes.keys() - SideState.model_fields.keys()
+        assert not unknown, f"no such side state: {unknown}"
+        self.update(**{role: self.state.side(role).model_copy(update=changes)})
+
+    @property
+    def committed(self) -> bool:
+        """Whether the point of no return is on disk."""
+        return (self.path / "committed").exists()
+
+    def record_commit(self) -> None:
+        """Write the point of no return. Once this was called the guest may run there."""
+        stamp = {"migration_id": self.migration_id, "unix_seconds": time.time()}
+        write_durably(self.path / "committed", json.dumps(stamp) + "\n")
+
+    def write_result(self, result: dict[str, object]) -> None:
+        write_durably(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+
+    def read_result(self) -> dict[str, object] | None:
+        try:
+            result = json.loads((self.path / "result.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return result if isinstance(result, dict) else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: a result that `resume` cannot improve."""
+        result = self.read_result()
+        return result is not None and result.get("status") != "interrupted"
+
+    def controller_alive(self) -> bool:
+        controller = self.state.controller
+        return controller is not None and controller.alive()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the controller of this migration.
+
+        :raise ControllerAliveError: someone else is.
+        """
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ControllerAliveError(
+                    f"{self.migration_id} already has a controller",
+                    remedy=f"watch it: qpostcopy status {self.migration_id}",
+                ) from error
+            self.state = self.open(self.path).state
+            yield
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def registry_lock() -> Iterator[None]:
+    """Serialize "is this VM already being migrated" between controllers."""
+    fd = os.open(run_directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def other_migration_of(directory: StateDirectory) -> StateDirectory | None:
+    """An unfinished migration, other than this one, that one of our QEMUs is part of."""
+    ours = {directory.state.source.qemu, directory.state.destination.qemu} - {None}
+    for other in StateDirectory.all():
+        theirs = {other.state.source.qemu, other.state.destination.qemu}
+        if other.path != directory.path and ours & theirs and not other.finished:
+            return other
+    return None
+
+
+def _directories() -> list[Path]:
+    """Oldest first, by the time in the ID."""
+    if not run_directory().is_dir():
+        return []
+    found = [path for path in run_directory().iterdir() if _ID.match(path.name)]
+    return sorted(found, key=lambda path: (path.name.rpartition("-")[2], path.name))
+
+
+def _make_directory(plan_name: str) -> Path:
+    run_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    seconds = int(time.time())
+    while True:  # two of one plan within a second: the next free second is its name
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
+        path = run_directory() / f"{plan_name}-{stamp}"
+        try:
+            path.mkdir(mode=0o700)
+            return path
+        except FileExistsError:
+            seconds += 1

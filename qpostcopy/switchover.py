@@ -1,0 +1,222 @@
+"""From the stop of the source to the running destination: switchover and commit.
+
+Each step is a small function in one of the lists below; before each, state.json
+says what the step is about to do, so that whatever is killed between any two
+steps, recovery.py knows how to go on or back.
+
+    SWITCHOVER  the source stops; device state flows; the destination loads and stays paused
+    COMMIT      record_commit is the point of no return: `committed` is on disk, then `cont`
+
+Why it cannot end with both sides running: QEMU would start the destination by
+itself, so it is told `stop` while `inmigrate` and loads into `paused`. The only
+`cont` that the destination gets is in start_guest, after record_commit; the only
+`cont` that the source gets is in recovery.py, when there is no record and the
+destination is proven gone.
+
+A step raises TroubleError (or any QpostcopyError); the caller rolls back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Sequence
+
+from qpostcopy.migration import (
+    COMMAND_SECONDS,
+    QUERY_SECONDS,
+    Migration,
+    Step,
+    TroubleError,
+    now_seconds,
+    together,
+    trouble,
+)
+from qpostcopy.qmp import schema
+from qpostcopy.side import Role
+
+log = logging.getLogger(__name__)
+
+#: Longer than any device state takes; a destination that hangs while loading ends here.
+STOP_SECONDS = 30.0
+LOAD_SECONDS = 10.0
+#: The guest stands still meanwhile; a handler that takes longer is better replaced.
+ANNOUNCE_SECONDS = 1.0
+#: What QEMU's own stream may carry beyond the blocks that are not shared (design: trap 1).
+STREAM_SLACK_BYTES = 4 << 20
+
+#: Test hook, read here only: `STEP:before SIGNAL TARGET` (or `after`) sends a signal there,
+#: e.g. `confirm:before SIGKILL controller`; see _signal_for_test for the targets.
+TEST_SIGNAL_VARIABLE = "QPOSTCOPY_TEST_SIGNAL"
+
+
+async def run_steps(migration: Migration, steps: Sequence[Step]) -> None:
+    """Run the steps in order."""
+    for step in steps:
+        name = step.__name__
+        _signal_for_test(migration, f"{name}:before")
+        started = now_seconds()
+        await step(migration)
+        log.info("step %s took %.1f ms", name, (now_seconds() - started) * 1000)
+        _signal_for_test(migration, f"{name}:after")
+
+
+def _signal_for_test(migration: Migration, place: str) -> None:
+    wanted = os.environ.get(TEST_SIGNAL_VARIABLE, "").split()
+    if len(wanted) != 3 or wanted[0] != place:
+        return
+    state = migration.state
+    targets = {
+        "controller": state.controller,
+        "page-server": state.source.companion,
+        "handler": state.destination.companion,
+        "source": state.source.qemu,
+        "destination": state.destination.qemu,
+    }
+    if target := targets[wanted[2]]:
+        os.kill(target.pid, signal.Signals[wanted[1]])
+
+
+# --- switchover ---------------------------------------------------------------------------
+
+
+def device_state_uri(migration: Migration) -> str:
+    return f"unix:{migration.directory.path / 'device-state.sock'}"
+
+
+async def listen_for_device_state(migration: Migration) -> None:
+    """From here on the destination may have loaded something: going back means killing it."""
+    migration.directory.update(incoming_sent=True)
+    await migration.destination.execute(
+        "migrate-incoming", {"uri": device_state_uri(migration)}, COMMAND_SECONDS
+    )
+
+
+async def stop_source(migration: Migration) -> None:
+    """`migrate`, until QEMU has stopped the guest and drained its I/O: RAM is final."""
+    mark = migration.book.mark
+    migration.directory.update(migrate_sent=True)
+    await migration.source.execute("migrate", {"uri": device_state_uri(migration)}, COMMAND_SECONDS)
+    await migration.wait(
+        "the source's pre-switchover",
+        lambda seen: seen.migration("source", "pre-switchover"),
+        STOP_SECONDS,
+        since=mark,
+    )
+    # A guest that was paused already does not stop: no STOP, and no downtime.
+    stop = migration.book.find(lambda seen: seen.is_("source", "STOP"), since=mark)
+    if stop is not None:
+        migration.directory.note(stopped_seconds=stop.event.received_seconds)
+
+
+async def serve_pages(migration: Migration) -> None:
+    """The page server goes to work, before QEMU can ask for a page while it loads."""
+    await migration.source.call("qpc-serve", schema.ServePages(), schema.Empty, COMMAND_SECONDS)
+    if migration.state.served_seconds is None:
+        migration.directory.note(served_seconds=now_seconds())
+
+
+async def load_device_state(migration: Migration) -> None:
+    """`migrate-continue`, until both say `completed`. The source's word alone means nothing."""
+    mark = migration.book.mark
+    await migration.source.execute("migrate-continue", {"state": "pre-switchover"}, COMMAND_SECONDS)
+    for role in ("source", "destination"):
+        await migration.wait(
+            f"the {role}'s completed",
+            lambda seen, role=role: seen.migration(role, "completed"),  # type: ignore[misc]
+            LOAD_SECONDS,
+            since=mark,
+        )
+
+
+async def confirm(migration: Migration) -> None:
+    """Ask both once more: all that a commit needs must be so now, not by events alone."""
+    source_moved, source_status, moved, status = await together(
+        migration.source.query("query-migrate", QUERY_SECONDS),
+        migration.source.query("query-status", QUERY_SECONDS),
+        migration.destination.query("query-migrate", QUERY_SECONDS),
+        migration.destination.query("query-status", QUERY_SECONDS),
+    )
+    _expect("source", "migration", source_moved, "completed")
+    _expect("source", "state", source_status, "postmigrate")
+    _expect("destination", "migration", moved, "completed")
+    if status.get("running") is not False or status.get("status") == "inmigrate":
+        raise TroubleError(
+            "destination-not-paused", f"the destination is {status.get('status')}, not paused"
+        )
+    _check_stream(migration, source_moved)
+    migration.loaded_status = str(status.get("status"))
+
+
+def _expect(role: Role, what: str, reply: dict[str, object], wanted: str) -> None:
+    if reply.get("status") != wanted:
+        raise TroubleError(
+            f"{role}-not-{wanted}",
+            f"the {role}'s {what} is {reply.get('status')}, not {wanted}",
+        )
+
+
+def _check_stream(migration: Migration, moved: dict[str, object]) -> None:
+    """QEMU must not have carried RAM by itself: it would lie over pages of ours."""
+    ram = moved.get("ram")
+    carried = ram.get("transferred") if isinstance(ram, dict) else None
+    limit = migration.state.unshared_bytes + STREAM_SLACK_BYTES
+    if not isinstance(carried, int) or carried >= limit:
+        raise TroubleError(
+            "ram-in-stream",
+            f"QEMU's own stream carried {carried} bytes, more than its unshared blocks "
+            f"({migration.state.unshared_bytes}) explain: x-ignore-shared did not skip the RAM",
+            remedy="start both with memory-backend-file on tmpfs, share=on (not "
+            "memory-backend-memfd)",
+        )
+
+
+# --- commit -------------------------------------------------------------------------------
+
+
+async def record_commit(migration: Migration) -> None:
+    """The point of no return. Nothing is awaited between the last look and the record."""
+    if found := migration.book.find(lambda seen: trouble(seen) is not None):
+        error = trouble(found)
+        assert error is not None
+        raise error
+    migration.directory.record_commit()
+
+
+async def announce_commit(migration: Migration) -> None:
+    """Tell the handler that the guest may run from now on."""
+    await migration.destination.call(
+        "qpc-committed", schema.Committed(), schema.Empty, ANNOUNCE_SECONDS
+    )
+
+
+async def start_guest(migration: Migration) -> None:
+    """`cont` to the destination, unless the guest was not running when we began.
+
+    :raise OutcomeUnknownError: no reply; only a query can tell (recovery.settle_guest).
+    """
+    # A status of its own (shutdown, suspended, guest-panicked) came with the guest: keep it.
+    if not migration.state.was_running or migration.loaded_status != "paused":
+        return
+    mark = migration.book.mark
+    await migration.destination.execute("cont", None, COMMAND_SECONDS)
+    note_resumed(migration, mark)
+
+
+def note_resumed(migration: Migration, mark: int) -> None:
+    """Stamp the end of the downtime: at the receipt of RESUME, or now."""
+    seen = migration.book.find(lambda seen: seen.is_("destination", "RESUME"), since=mark)
+    resumed = seen.event.received_seconds if seen else now_seconds()
+    migration.directory.update(resumed_seconds=resumed)
+
+
+SWITCHOVER: tuple[Step, ...] = (
+    listen_for_device_state,
+    stop_source,
+    serve_pages,
+    load_device_state,
+    confirm,
+    record_commit,
+)
+COMMIT: tuple[Step, ...] = (announce_commit, start_guest)

@@ -1,0 +1,272 @@
+"""Migrations of real QEMUs from the command line, and what an operator sees of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qpostcopy.qmp.monitor import Monitor
+from tests.qmp.support import private_directory
+from tests.vm.scene import (
+    MIB,
+    Ended,
+    Scene,
+    assert_clean,
+    finish,
+    finish_after,
+    read_until_phase,
+    resumes,
+    status,
+    wait_until,
+)
+
+pytestmark = [pytest.mark.vm, pytest.mark.root]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with private_directory() as path:
+        yield path
+
+
+@pytest.fixture
+def scene(directory: Path) -> Iterator[Scene]:
+    with Scene(directory) as made:
+        made.fill(1)
+        yield made
+
+
+@pytest.mark.parametrize("sizes", [(32 * MIB,), (22 * MIB,), (16 * MIB, 18 * MIB)])
+def test_a_paused_vm_byte_for_byte(directory: Path, sizes: tuple[int, ...]) -> None:
+    with Scene(directory, sizes=sizes, running=False) as scene:
+        scene.fill(2)
+        ended = scene.migrate()
+        assert ended.ended == ("completed", 0, "destination"), scene.logs()
+        scene.assert_same_ram(start=0)
+        assert status(scene.destination) == "prelaunch"
+        assert resumes(scene.destination) == 0
+        assert ended.result["downtime_ms"] is None
+        assert ended.result["ram_bytes"] == sum(sizes)
+        assert_clean(scene.destination)
+        scene.assert_nothing_left()
+
+
+def test_a_running_vm(scene: Scene) -> None:
+    ended = scene.migrate()
+    assert ended.ended == ("completed", 0, "destination"), scene.logs()
+    scene.assert_same_ram()
+    scene.assert_moved()
+    assert status(scene.source) == "postmigrate"
+    result = ended.result
+    assert 0 < result["downtime_ms"] < 1000
+    pages = result["pages"]
+    kinds = ("hole", "zero", "precopy", "push", "demand", "around")
+    assert pages["total"] == 32 * MIB // 4096 == sum(pages[kind] for kind in kinds)
+    assert pages["push"] > 0
+    assert result["bytes"]["wire"] > result["bytes"]["push"] > 0
+    assert [phase["name"] for phase in result["phases"]] == [
+        "prepare",
+        "switchover",
+        "postcopy",
+        "complete",
+    ]
+    assert "error" not in result
+    assert result["warnings"] == []
+
+
+def test_the_stream_begins_with_prepare_and_ends_with_the_result(scene: Scene) -> None:
+    messages = scene.migrate().messages
+    assert messages[0]["type"] == "phase"
+    assert messages[0]["phase"] == "prepare"
+    assert messages[-1]["type"] == "result"
+    assert {message["migration_id"] for message in messages} == {scene.state.migration_id}
+
+
+def test_for_people_there_are_plain_lines_and_a_report(scene: Scene) -> None:
+    ended = scene.run("migrate", str(scene.plan))
+    assert ended.rc == 0
+    assert "completed; the VM is at the destination" in ended.out
+    assert "prepare: VM at: source; abort is safe" in ended.err
+    assert "\x1b" not in ended.out + ended.err
+    told = scene.run("status", "t")
+    assert told.rc == 0
+    assert "VM at: destination" in told.out
+    assert "completed" in told.out
+
+
+def test_the_source_quits(directory: Path) -> None:
+    with Scene(directory, after="quit") as scene:
+        assert scene.migrate().ended == ("completed", 0, "destination"), scene.logs()
+        assert scene.source.wait(5.0) == 0
+        assert status(scene.destination) == "running"
+
+
+def test_on_to_a_third_qemu(directory: Path) -> None:
+    """A destination that was migrated to is a source like any other."""
+    with Scene(directory) as scene:
+        scene.fill(3)
+        assert scene.migrate().ended == ("completed", 0, "destination"), scene.logs()
+        content = scene.ram(scene.destination)
+        scene.source.kill()
+        scene.move_on()
+        assert scene.migrate().ended == ("completed", 0, "destination"), scene.logs()
+        assert scene.ram(scene.destination) == content
+        assert status(scene.destination) == "running"
+
+
+# --- refused ------------------------------------------------------------------------------
+
+
+def test_check_and_dry_run_change_nothing(scene: Scene) -> None:
+    for arguments in (["check"], ["migrate", "--dry-run"]):
+        ended = scene.run(*arguments, str(scene.plan), "--json")
+        assert ended.rc == 0, ended.err
+        assert ended.result["status"] == "ready"
+    assert not scene.run_directory.exists() or not list(scene.run_directory.iterdir())
+    scene.assert_back()
+
+
+def test_a_destination_that_runs_is_refused(directory: Path, scene: Scene) -> None:
+    """Source and destination swapped by mistake."""
+    text = scene.plan.read_text()
+    swapped = text.replace("source.qmp", "SWAP").replace("destination.qmp", "source.qmp")
+    scene.plan.write_text(swapped.replace("SWAP", "destination.qmp"))
+    ended = scene.migrate()
+    assert ended.ended == ("refused", 3, "source")
+    assert ended.result["error"]["findings"]
+    scene.assert_back()
+    assert scene.run("check", str(scene.plan)).rc == 3
+
+
+def test_an_absent_qemu_is_refused(scene: Scene) -> None:
+    scene.plan.write_text(scene.plan.read_text().replace("destination.qmp", "nowhere.qmp"))
+    ended = scene.migrate()
+    assert ended.ended == ("refused", 3, "source"), scene.logs()
+    assert "nowhere.qmp" in ended.result["error"]["message"]
+    assert ended.result["error"]["remedy"]
+    scene.assert_back()
+
+
+def test_a_monitor_that_is_held_is_refused(scene: Scene) -> None:
+    async def hold() -> Ended:
+        monitor = await Monitor.connect(scene.destination.qmp_path)
+        try:
+            return await asyncio.to_thread(scene.migrate)
+        finally:
+            await monitor.close()
+
+    ended = asyncio.run(hold())
+    assert ended.ended == ("refused", 3, "source"), scene.logs()
+    assert "held by another client" in ended.result["error"]["message"]
+    scene.assert_back()
+
+
+def test_a_plan_that_is_wrong(scene: Scene) -> None:
+    scene.plan.write_text(scene.plan.read_text() + "lanes: {push: many}\n")
+    ended = scene.migrate()
+    assert ended.rc == 2
+    assert ended.result["status"] == "error"
+    assert "plan.yaml:6: lanes.push" in ended.err
+    assert not scene.run_directory.exists()
+
+
+def test_a_second_migration_meanwhile_is_refused(directory: Path) -> None:
+    with Scene(directory, push="2MiB/s") as scene:
+        scene.fill(1)
+        first = scene.start_migrate()
+        read = read_until_phase(first, "postcopy")
+        second = scene.migrate()
+        assert second.rc == 3
+        assert finish_after(first, read).ended == ("completed", 0, "destination"), scene.logs()
+        scene.assert_moved()
+
+
+# --- interrupted by its operator ----------------------------------------------------------
+
+
+def hold_back(scene: Scene) -> None:
+    """A destination that does not answer keeps a migration in prepare."""
+    scene.destination.signal(signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(("number", "rc"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_commit_cancels(scene: Scene, number: signal.Signals, rc: int) -> None:
+    hold_back(scene)
+    viewer = scene.start_migrate()
+    read = read_until_phase(viewer, "prepare")
+    viewer.send_signal(number)
+    ended = finish_after(viewer, read)
+    scene.destination.signal(signal.SIGCONT)
+    assert ended.ended == ("cancelled", rc, "source"), scene.logs()
+    scene.assert_back()
+
+
+def test_abort_from_elsewhere(scene: Scene) -> None:
+    hold_back(scene)
+    viewer = scene.start_migrate()
+    read = read_until_phase(viewer, "prepare")
+    told = scene.run("status")
+    assert "abort is safe" in told.out
+    aborted = scene.run("abort", "t")
+    assert aborted.rc == 0, aborted.err
+    scene.destination.signal(signal.SIGCONT)
+    assert finish_after(viewer, read).ended == ("cancelled", 143, "source")
+    scene.assert_back()
+    assert scene.run("abort", "t").rc == 1
+
+
+def test_interrupts_after_the_commit(directory: Path) -> None:
+    """The first warns, the second leaves the display; the migration goes on; resume watches."""
+    with Scene(directory, push="4MiB/s") as scene:
+        scene.fill(1)
+        viewer = scene.start_migrate()
+        read_until_phase(viewer, "postcopy")
+        aborted = scene.run("abort", "t")
+        assert aborted.rc == 1
+        assert "VM is at the destination" in aborted.err
+        viewer.send_signal(signal.SIGINT)
+        assert viewer.stderr is not None
+        assert "once more leaves this display" in viewer.stderr.readline()
+        viewer.send_signal(signal.SIGINT)
+        left = finish(viewer)
+        assert left.rc == 10
+        assert "the migration goes on" in left.err
+        ended = scene.run("resume", "t", "--json")
+        assert ended.ended == ("completed", 0, "destination"), scene.logs()
+        scene.assert_same_ram()
+        scene.assert_moved()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_a_migration_outlives_its_viewer(directory: Path, number: signal.Signals) -> None:
+    with Scene(directory, push="8MiB/s") as scene:
+        scene.fill(1)
+        viewer = scene.start_migrate()
+        read_until_phase(viewer, "postcopy")
+        viewer.send_signal(number)
+        assert finish(viewer).rc == -number
+        told = json.loads(scene.run("status", "t", "--json").out)
+        assert (told["phase"], told["vm_location"]) == ("postcopy", "destination")
+        wait_until(lambda: scene.state.finished, "the migration ends")
+        scene.assert_same_ram()
+        scene.assert_moved()
+
+
+def test_the_time_limit(directory: Path) -> None:
+    with Scene(directory) as scene:
+        scene.plan.write_text(
+            scene.plan.read_text().replace("limits: {", "limits: {before_switch: 1s, ")
+        )
+        hold_back(scene)
+        begun = time.monotonic()
+        ended = scene.migrate()
+        assert time.monotonic() - begun < 20
+        scene.destination.signal(signal.SIGCONT)
+        assert ended.ended == ("timed-out", 5, "source"), scene.logs()
+        scene.assert_back()

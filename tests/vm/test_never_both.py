@@ -1,0 +1,128 @@
+"""Never do both run: real QEMUs, and somebody dies or hangs at the worst moment.
+
+QEMU itself is asked: a second monitor of each counts its RESUME events. After a
+rollback the destination has never had one; after a commit the source has none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qpostcopy.prepare import PREPARE
+from qpostcopy.switchover import COMMIT, SWITCHOVER
+from tests.qmp.support import private_directory
+from tests.vm.scene import Scene, resumes, status
+
+pytestmark = [pytest.mark.vm, pytest.mark.root]
+
+STEPS = [step.__name__ for step in (*PREPARE, *SWITCHOVER, *COMMIT)]
+#: One place is enough between two steps; these few also in the quick run.
+PLACES = [f"{step}:before" for step in STEPS] + ["start_guest:after"]
+QUICK = {"attach:before", "load_device_state:before", "announce_commit:before"}
+COMMITTED = {"announce_commit:before", "start_guest:before", "start_guest:after"}
+LOADING = ["stop_source", "serve_pages", "load_device_state", "confirm", "record_commit"]
+
+
+def places(names: list[str]) -> list[object]:
+    return [
+        pytest.param(name, marks=() if name in QUICK else (pytest.mark.slow,)) for name in names
+    ]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with private_directory() as path:
+        yield path
+
+
+@pytest.fixture
+def scene(directory: Path) -> Iterator[Scene]:
+    with Scene(directory) as made:
+        made.fill(1)
+        yield made
+
+
+@pytest.mark.parametrize("place", places(PLACES))
+def test_a_controller_killed_at_any_step(scene: Scene, place: str) -> None:
+    """status tells where the VM is, resume finishes: back, or on."""
+    state = scene.run_controller(at=f"{place} SIGKILL controller")
+    assert not state.controller_alive()
+    assert state.read_result() is None
+    assert state.committed is (place in COMMITTED)
+    assert not (status(scene.source) == "running" and status(scene.destination) == "running")
+    told = json.loads(scene.run("status", "t", "--json").out)
+    assert told["controller"] == "dead"
+    assert told["vm_location"] == ("destination" if state.committed else "source")
+    assert told["abort_safe"] is not state.committed
+    ended = scene.run("resume", "t", "--json")
+    if state.committed:
+        assert ended.ended == ("completed", 0, "destination"), scene.logs()
+        scene.assert_same_ram()
+        scene.assert_moved()
+    else:
+        assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+        scene.assert_back()
+
+
+@pytest.mark.parametrize("place", ["load_device_state:before", "announce_commit:before"])
+def test_migrate_recovers_by_itself_if_its_controller_dies(scene: Scene, place: str) -> None:
+    ended = scene.migrate(at=f"{place} SIGKILL controller")
+    assert "recovering by itself" in ended.err
+    if place in COMMITTED:
+        assert ended.ended == ("completed", 0, "destination"), scene.logs()
+        scene.assert_moved()
+    else:
+        assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+        scene.assert_back()
+
+
+@pytest.mark.parametrize("target", ["handler", "destination"])
+def test_a_destination_that_hangs_while_loading(scene: Scene, target: str) -> None:
+    """Its QMP is dead, SIGTERM would do nothing: it is killed, proven gone, the source runs."""
+    ended = scene.migrate(at=f"load_device_state:before SIGSTOP {target}")
+    assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+    assert not scene.destination.alive
+    scene.assert_back()
+
+
+@pytest.mark.parametrize("step", places(LOADING))
+def test_a_destination_killed_before_the_commit(scene: Scene, step: str) -> None:
+    ended = scene.migrate(at=f"{step}:before SIGKILL destination")
+    assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+    scene.assert_back()
+
+
+@pytest.mark.parametrize("target", ["handler", "page-server"])
+@pytest.mark.parametrize("step", places(["set_capabilities", *LOADING]))
+def test_a_companion_killed_before_the_commit(scene: Scene, step: str, target: str) -> None:
+    ended = scene.migrate(at=f"{step}:before SIGKILL {target}")
+    assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+    scene.assert_back()
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("step", ["announce_commit", "start_guest"])
+def test_a_handler_lost_between_the_record_and_cont(scene: Scene, step: str, number: str) -> None:
+    """Whether `cont` went out is unknown: only the destination is asked, only it is told."""
+    ended = scene.migrate(at=f"{step}:before {number} handler")
+    assert ended.ended == ("completed", 0, "destination"), scene.logs()
+    scene.assert_same_ram()
+    scene.assert_moved()
+
+
+def test_a_destination_killed_after_the_record_never_starts_the_source(scene: Scene) -> None:
+    ended = scene.migrate(at="start_guest:before SIGKILL destination")
+    assert ended.ended == ("failed", 11, "ended"), scene.logs()
+    assert ended.result["error"]["remedy"]
+    assert resumes(scene.source) == 0
+    assert status(scene.source) == "postmigrate"
+
+
+def test_a_source_killed_while_it_stops_is_told(scene: Scene) -> None:
+    ended = scene.migrate(at="load_device_state:before SIGKILL source")
+    assert ended.ended == ("failed", 11, "ended"), scene.logs()
+    assert not scene.destination.alive
