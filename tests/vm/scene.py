@@ -155,8 +155,7 @@ class Scene:
         )
 
     def environment(self, at: str = "") -> dict[str, str]:
-        ours = {"QPOSTCOPY_RUN_DIR": str(self.run_directory), TEST_SIGNAL_VARIABLE: at}
-        return dict(os.environ) | ours
+        return environment_of(self.run_directory, at)
 
     def run(self, *arguments: str, at: str = "") -> Ended:
         return finish(self.popen(*arguments, at=at))
@@ -227,6 +226,12 @@ class Scene:
         """No process and no socket of ours."""
         wait_until(lambda: not self._ours(), "processes of ours end")
         assert sockets_below(self.run_directory) == []
+
+
+def environment_of(run_directory: Path, at: str = "") -> dict[str, str]:
+    """Of a command whose state directories are there; `at` as in Scene.popen."""
+    ours = {"QPOSTCOPY_RUN_DIR": str(run_directory), TEST_SIGNAL_VARIABLE: at}
+    return dict(os.environ) | ours
 
 
 def assert_clean(vm: Vm) -> None:

@@ -24,7 +24,7 @@ STEPS = [step.__name__ for step in (*PREPARE, *SWITCHOVER, *COMMIT)]
 PLACES = [f"{step}:before" for step in STEPS] + ["start_guest:after"]
 QUICK = {"attach:before", "load_device_state:before", "announce_commit:before"}
 COMMITTED = {"announce_commit:before", "start_guest:before", "start_guest:after"}
-LOADING = ["stop_source", "serve_pages", "load_device_state", "confirm", "record_commit"]
+LOADING = ["stop_source", "serve_pages", "load_device_state", "confirm"]
 
 
 def places(names: list[str]) -> list[object]:
@@ -114,12 +114,33 @@ def test_a_handler_lost_between_the_record_and_cont(scene: Scene, step: str, num
     scene.assert_moved()
 
 
-def test_a_destination_killed_after_the_record_never_starts_the_source(scene: Scene) -> None:
-    ended = scene.migrate(at="start_guest:before SIGKILL destination")
-    assert ended.ended == ("failed", 11, "ended"), scene.logs()
-    assert ended.result["error"]["remedy"]
-    assert resumes(scene.source) == 0
-    assert status(scene.source) == "postmigrate"
+@pytest.mark.parametrize(
+    "place", places(["record_commit:before", "announce_commit:before", "start_guest:before"])
+)
+def test_a_destination_killed_around_the_record(scene: Scene, place: str) -> None:
+    """Either it was proven that it never got its `cont`, or the source does not run again."""
+    ended = scene.migrate(at=f"{place} SIGKILL destination")
+    assert not scene.destination.alive
+    if ended.rc == 4:
+        assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+        scene.assert_back()
+    else:
+        assert ended.ended == ("failed", 11, "ended"), scene.logs()
+        assert scene.state.state.cont_sent
+        assert resumes(scene.source) == 0
+        assert status(scene.source) == "postmigrate"
+
+
+@pytest.mark.parametrize("target", ["handler", "page-server"])
+def test_a_companion_killed_at_the_record(scene: Scene, target: str) -> None:
+    """Back if it was seen in time, else on: both are right."""
+    ended = scene.migrate(at=f"record_commit:before SIGKILL {target}")
+    if scene.state.committed:
+        assert ended.ended == ("completed", 0, "destination"), scene.logs()
+        scene.assert_moved()
+    else:
+        assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+        scene.assert_back()
 
 
 def test_a_source_killed_while_it_stops_is_told(scene: Scene) -> None:
