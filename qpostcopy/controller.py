@@ -36,7 +36,7 @@ from qpostcopy.errors import (
     RefusedError,
     StateLostError,
 )
-from qpostcopy.migration import Migration, now_seconds, together, trouble
+from qpostcopy.migration import Migration, TroubleError, now_seconds, together, trouble
 from qpostcopy.outcome import CancelledError, Outcome, Signal, make_result
 from qpostcopy.phases import BEFORE_COMMIT, TERMINAL, Phase, PhaseMachine
 from qpostcopy.postcopy import complete, current_stats, run_postcopy
@@ -45,7 +45,7 @@ from qpostcopy.process import Process
 from qpostcopy.progress import Meter, Progress
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.server import Endpoint
-from qpostcopy.recovery import leave_companions, roll_back
+from qpostcopy.recovery import leave_companions, roll_back, take_back_commit
 from qpostcopy.report import Location, Result, ResultStatus
 from qpostcopy.side import LOG_LEVEL_VARIABLE, EventBook, NotProvenGoneError, Side
 from qpostcopy.state import PhaseStamp, StateDirectory
@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.5
 #: Longest wait for whoever started us to connect.
 GO_SECONDS = 10.0
+_GONE_BEFORE_CONT = "the destination QEMU ended before it was told to run the guest"
 CONTROL_SOCKET = "controller.sock"
 
 
@@ -215,6 +216,8 @@ class Controller:
         try:
             if machine.phase is not Phase.COMPLETE:
                 problem = problem or await self._start_destination()
+                if problem and await take_back_commit(self._migration):
+                    return await self._go_back(TroubleError("qemu-gone", _GONE_BEFORE_CONT))
                 if machine.phase is not Phase.POSTCOPY:
                     machine.set(Phase.POSTCOPY)
                 location = await run_postcopy(self._migration, problem)

@@ -6,8 +6,9 @@ killed and proven gone, and only then may the source get a `cont`.
 
 After the commit, `repair` and `settle_guest`: the guest belongs to the
 destination; companions are restarted, a new session of lanes is opened, and a
-`cont` whose reply was lost is settled by asking. Nothing here, and nothing
-elsewhere, sends a `cont` to the source after the commit.
+`cont` whose reply was lost is settled by asking. The source gets no `cont` any
+more, with one exception that `take_back_commit` proves to be none: the
+destination died before it was sent its `cont`, so it has not run and never will.
 
 All of it works from state.json, for a controller that was there and for one
 that was started by `resume`.
@@ -28,6 +29,7 @@ from qpostcopy.migration import (
     now_seconds,
     together,
 )
+from qpostcopy.phases import Phase
 from qpostcopy.prepare import (
     compile_push_order,
     open_lanes,
@@ -38,7 +40,7 @@ from qpostcopy.qmp import schema
 from qpostcopy.qmp.connection import CommandError
 from qpostcopy.report import Location
 from qpostcopy.side import Role
-from qpostcopy.switchover import announce_commit, note_resumed, serve_pages
+from qpostcopy.switchover import announce_commit, note_resumed, send_cont, serve_pages
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +210,24 @@ async def restore_settings(migration: Migration, role: Role) -> None:
         await _restore_settings(migration, role)
 
 
+# --- between the record and `cont` --------------------------------------------------------
+
+
+async def take_back_commit(migration: Migration) -> bool:
+    """Undo the record if that is safe: the destination is proven gone and was never started.
+
+    Then nothing but the source has ever run this guest, and nothing else ever can.
+    """
+    state, process = migration.state, migration.destination.qemu
+    never_started = migration.machine.phase is Phase.SWITCHOVER and not state.cont_sent
+    if not never_started or process is None:
+        return False
+    if not await asyncio.to_thread(process.wait_gone, 0.0):
+        return False
+    migration.directory.erase_commit()
+    return True
+
+
 # --- after the commit ---------------------------------------------------------------------
 
 
@@ -222,6 +242,8 @@ async def repair(migration: Migration) -> int:
     await together(_ensure_page_server(migration), ensure_handler(migration))
     await open_lanes(migration)
     mark = migration.book.mark
+    # Even if it was not started just now: who started it may have died before this.
+    await compile_push_order(migration)
     # At once: what the handler has may be more than fits a socket that nobody reads.
     await together(serve_faults(migration), serve_pages(migration))
     return mark
@@ -230,8 +252,7 @@ async def repair(migration: Migration) -> int:
 async def _ensure_page_server(migration: Migration) -> None:
     """A living page server keeps the source's RAM even if its QEMU is gone."""
     try:
-        if await migration.source.ensure():
-            await compile_push_order(migration)
+        await migration.source.ensure()
     except QpostcopyError as error:
         if migration.source.qemu_alive():
             raise
@@ -282,7 +303,7 @@ async def settle_guest(migration: Migration) -> None:
     try:
         status = await migration.destination.query("query-status", QUERY_SECONDS)
         if status.get("status") == "paused":
-            await migration.destination.execute("cont", None, COMMAND_SECONDS)
+            await send_cont(migration)
         elif status.get("running") is not True:
             return  # a state of the guest's own: shutdown, suspended, guest-panicked
     except QpostcopyError as error:

@@ -89,6 +89,8 @@ class MigrationState(Model):
     stopped_seconds: float | None = None
     resumed_seconds: float | None = None
     served_seconds: float | None = None
+    #: the destination may have been told `cont`: its guest may have run
+    cont_sent: bool = False
     #: the destination's guest was shut down
     guest_ended: bool = False
 
@@ -229,6 +231,11 @@ class StateDirectory:
         """Write the point of no return. Once this was called the guest may run there."""
         stamp = {"migration_id": self.migration_id, "unix_seconds": time.time()}
         write_durably(self.path / "committed", json.dumps(stamp) + "\n")
+
+    def erase_commit(self) -> None:
+        """Take the point of no return back: for a destination that never ran and is dead."""
+        (self.path / "committed").unlink()
+        _sync_directory(self.path)
 
     def write_result(self, result: dict[str, object]) -> None:
         write_durably(self.path / "result.json", json.dumps(result, indent=1) + "\n")

@@ -11,7 +11,7 @@ Why it cannot end with both sides running: QEMU would start the destination by
 itself, so it is told `stop` while `inmigrate` and loads into `paused`. The only
 `cont` that the destination gets is in start_guest, after record_commit; the only
 `cont` that the source gets is in recovery.py, when there is no record and the
-destination is proven gone.
+destination is proven gone or was not even told `migrate-incoming`.
 
 A step raises TroubleError (or any QpostcopyError); the caller rolls back.
 """
@@ -23,6 +23,7 @@ import os
 import signal
 from collections.abc import Sequence
 
+from qpostcopy.errors import OutcomeUnknownError, QpostcopyError
 from qpostcopy.migration import (
     COMMAND_SECONDS,
     QUERY_SECONDS,
@@ -181,6 +182,8 @@ async def record_commit(migration: Migration) -> None:
         error = trouble(found)
         assert error is not None
         raise error
+    if not migration.destination.qemu_alive():
+        raise TroubleError("qemu-gone", "the destination QEMU process has ended")
     migration.directory.record_commit()
 
 
@@ -200,8 +203,20 @@ async def start_guest(migration: Migration) -> None:
     if not migration.state.was_running or migration.loaded_status != "paused":
         return
     mark = migration.book.mark
-    await migration.destination.execute("cont", None, COMMAND_SECONDS)
+    await send_cont(migration)
     note_resumed(migration, mark)
+
+
+async def send_cont(migration: Migration) -> None:
+    """The one `cont` of the destination, recorded before it can have been executed."""
+    migration.directory.update(cont_sent=True)
+    try:
+        await migration.destination.execute("cont", None, COMMAND_SECONDS)
+    except OutcomeUnknownError:
+        raise
+    except QpostcopyError:
+        migration.directory.update(cont_sent=False)  # not sent, or sent and refused
+        raise
 
 
 def note_resumed(migration: Migration, mark: int) -> None:

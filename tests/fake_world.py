@@ -271,6 +271,9 @@ class FakeSide:
         self.attached = False
         return schema.Empty()
 
+    def do_qpc_prepare(self, _: Mapping[str, Any]) -> object:
+        return schema.Prepared(extents=1)
+
     def do_qpc_listen(self, _: Mapping[str, Any]) -> object:
         return schema.Listening(port=4444)
 
@@ -302,6 +305,7 @@ class FakeProcess:
         self._world, self._role = world, role
 
     def wait_gone(self, _: float) -> bool:
+        """Whether it is gone; a miniature never takes long to die."""
         return not self._world.qemu(self._role).alive
 
 

@@ -25,6 +25,7 @@ from qpostcopy.preflight import Finding
 from qpostcopy.prepare import PREPARE
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
+from qpostcopy.qmp.connection import CommandError
 from qpostcopy.state import StateDirectory
 from qpostcopy.switchover import SWITCHOVER
 from tests.fake_world import World, write_plan
@@ -155,9 +156,10 @@ def test_the_commands_come_in_the_order_that_makes_it_safe(world: World, tmp_pat
     wanted = [
         ("destination", "stop"),
         ("destination", "qpc-attach"),
+        ("destination", "qpc-serve"),
         ("destination", "migrate-incoming"),
         ("source", "migrate"),
-        ("destination", "qpc-serve"),
+        ("source", "qpc-serve"),
         ("source", "migrate-continue"),
         ("destination", "qpc-committed"),
         ("destination", "cont"),
@@ -450,6 +452,56 @@ def test_a_destination_that_dies_at_cont_never_starts_the_source(
     assert run.ended == ("failed", 11, "ended")
     assert world.got("source", "cont") == 0
     assert world.source.alive
+
+
+def test_a_destination_that_dies_before_cont_is_taken_back(world: World, tmp_path: Path) -> None:
+    """It never ran and never will: the source may, and the record is undone."""
+
+    def die(world: World, act: Act) -> object:
+        world.destination.alive = False
+        world.event("destination", "QPC_QEMU_GONE")
+        return act()
+
+    world.faults["destination", "qpc-committed"] = die
+    run = migrate(start(tmp_path))
+    assert run.ended == ("rolled-back", 4, "source")
+    assert not run.directory.committed
+    is_back(world)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_resume_after_the_destinations_death_too(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Killed between the record and `cont`, or right after `cont`: only the first goes back."""
+    directory = start(tmp_path)
+    with monkeypatch.context() as patch:
+        step = "start_guest" if told else "announce_commit"
+        replace_step(patch, step, Killed())
+        with pytest.raises(Killed):
+            migrate(directory)
+    world.destination.alive = False
+    run = migrate(directory, resuming=True)
+    if told:
+        assert run.ended == ("failed", 11, "ended")
+        assert world.got("source", "cont") == 0
+    else:
+        assert run.ended == ("rolled-back", 4, "source")
+        is_back(world)
+
+
+def test_a_cont_that_is_refused_is_not_taken_back(world: World, tmp_path: Path) -> None:
+    """A living destination may be started yet: it is asked again, the source never runs."""
+    refusals = iter([CommandError("cont", "GenericError", "no lock"), None])
+
+    def refuse(world: World, act: Act) -> object:
+        error = next(refusals)
+        return fail(error) if error else act()
+
+    world.faults["destination", "cont"] = refuse
+    run = migrate(start(tmp_path))
+    assert run.ended == ("completed", 0, "destination")
+    assert world.got("source", "cont") == 0
 
 
 def test_a_cont_that_is_never_answered_ends_interrupted(world: World, tmp_path: Path) -> None:

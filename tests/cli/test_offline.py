@@ -33,7 +33,7 @@ def directory() -> StateDirectory:
     dead = Process(pid=1, start_ticks=987_654_321)
     made.update(controller=dead)
     for role in ("source", "destination"):
-        made.update_side(role, companion=dead)  # type: ignore[arg-type]
+        made.update_side(role, companion=dead)
     return made
 
 
@@ -79,7 +79,7 @@ def test_where_its_qemu_is_gone_nothing_is_claimed(
 ) -> None:
     dead = Process(pid=1, start_ticks=987_654_321)
     for role in ("source", "destination"):
-        directory.update_side(role, qemu=dead)  # type: ignore[arg-type]
+        directory.update_side(role, qemu=dead)
     if committed:
         directory.record_commit()
     assert status(capsys)["vm_location"] == "unknown"

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from qpostcopy.cli import viewer
 from qpostcopy.cli.viewer import JsonDisplay, PlainDisplay, conclude, describe, result_message
 from qpostcopy.progress import Progress
 from qpostcopy.report import ErrorReport, ResultStatus
@@ -18,7 +17,11 @@ PROGRESS = {"v": 1, "type": "progress", "ts": 1.5, "migration_id": "x"} | Progre
 
 
 def test_messages_in_words() -> None:
-    phase = {"type": "phase", "phase": "prepare", "message": "VM at: source; abort is safe"}
+    phase: dict[str, object] = {
+        "type": "phase",
+        "phase": "prepare",
+        "message": "VM at: source; abort is safe",
+    }
     assert describe(phase) == "prepare: VM at: source; abort is safe"
     assert describe({"type": "log", "level": "warning", "message": "oh"}) == "warning: oh"
     assert describe(PROGRESS).startswith("postcopy 50% 1.0/2.0 MiB")
@@ -29,7 +32,7 @@ def test_plain_progress_comes_once_an_interval(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(viewer.time, "monotonic", lambda: now)
+    monkeypatch.setattr("qpostcopy.cli.viewer.time.monotonic", lambda: now)
     display = PlainDisplay()
     for now in (100.0, 100.5, 101.0, 102.1, 102.2):  # noqa: B007 (the clock reads it)
         display.show(PROGRESS)
