@@ -337,7 +337,11 @@ class Controller:
             stats = await current_stats(self._migration)
             if stats is not None:
                 self._progress = meter.measure(
-                    self._migration.machine.phase, stats, now_seconds(), self._migration.downtime_ms
+                    self._migration.machine.phase,
+                    stats,
+                    now_seconds(),
+                    self._migration.downtime_ms,
+                    None if self._resuming else self._migration.state.served_seconds,
                 )
                 self._send("progress", **self._progress.model_dump(mode="json"))
 

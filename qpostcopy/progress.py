@@ -42,11 +42,21 @@ class Meter:
         self._faults_per_second = 0.0
 
     def measure(
-        self, phase: str, stats: HandlerStats, now_seconds: float, downtime_ms: float | None
+        self,
+        phase: str,
+        stats: HandlerStats,
+        now_seconds: float,
+        downtime_ms: float | None,
+        served_seconds: float | None = None,
     ) -> Progress:
-        """The progress now. Each call moves the rates on."""
+        """The progress now. Each call moves the rates on.
+
+        :param served_seconds: when the first page could arrive: the first rates count from there.
+        """
         total = stats.total_pages * PAGE_BYTES
         left = stats.remaining_pages * PAGE_BYTES
+        if self._at_seconds is None and served_seconds is not None:
+            self._at_seconds, self._left_bytes = served_seconds, total
         self._update_rates(left, stats.faults.count, now_seconds)
         rate = self._bytes_per_second
         return Progress(

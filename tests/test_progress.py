@@ -73,6 +73,13 @@ def test_an_empty_vm_divides_nothing_by_zero() -> None:
     assert Meter().measure("postcopy", stats(0, 0), 1.0, None).percent == 0
 
 
+def test_the_first_rate_counts_from_the_start_of_serving() -> None:
+    half = stats(1000, 500)
+    measured = Meter().measure("postcopy", half, 12.0, None, served_seconds=10.0)
+    assert measured.bytes_per_second == pytest.approx(500 * 4096 / 2)
+    assert Meter().measure("postcopy", half, 12.0, None).bytes_per_second == 0
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (4095, "4.0 KiB"), (64 << 20, "64.0 MiB"), (16 * GIB, "16.0 GiB")],
