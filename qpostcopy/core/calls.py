@@ -19,6 +19,7 @@ __all__ = [
     "CoreError",
     "CoreMemoryError",
     "CoreSystemError",
+    "LaneBrokenError",
     "LaneClosedError",
     "LaneEnd",
     "LaneProtocolError",
@@ -63,6 +64,10 @@ class LaneClosedError(CoreError):
     """The peer closed the lane."""
 
 
+class LaneBrokenError(CoreError):
+    """A system call on a lane failed; `error_number` says how. A new lane may mend it."""
+
+
 class LaneTimeoutError(CoreError):
     """A deadline passed."""
 
@@ -95,6 +100,7 @@ class CoreMemoryError(CoreError):
 ERRORS: dict[int, type[CoreError]] = {
     lib.QPC_STOPPED: LoopStoppedError,
     lib.QPC_CLOSED: LaneClosedError,
+    lib.QPC_LANE: LaneBrokenError,
     lib.QPC_TIMEOUT: LaneTimeoutError,
     lib.QPC_PROTOCOL: LaneProtocolError,
     lib.QPC_GONE: TargetGoneError,

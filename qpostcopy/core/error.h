@@ -11,6 +11,7 @@ enum qpc_code {
     QPC_OK = 0,
     QPC_STOPPED,   /* asked to stop, and did */
     QPC_CLOSED,    /* the peer closed the lane */
+    QPC_LANE,      /* a system call on a lane failed: see error_number */
     QPC_TIMEOUT,   /* a deadline passed */
     QPC_PROTOCOL,  /* the peer sent what no sane peer sends */
     QPC_GONE,      /* QEMU's address space is gone */
@@ -24,7 +25,7 @@ enum qpc_code {
 struct qpc_error {
     int code;
     int error_number;    /* errno, or 0 */
-    char operation[40];  /* which call, in words */
+    char operation[80];  /* which call, in words */
     uint64_t address;    /* HVA or offset, what `operation` makes clear; 0: none */
     uint64_t length;
 };

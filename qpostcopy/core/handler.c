@@ -1,4 +1,3 @@
-#define _GNU_SOURCE /* SEEK_DATA */
 #include "handler.h"
 
 #include <errno.h>
@@ -9,6 +8,7 @@
 #include <unistd.h>
 
 #define PAGE QPC_PAGE_BYTES
+#define HAVE_BATCH 1024 /* frames a write */
 #define RETRY_US 2000000 /* how long an mm may be `changing` before we call it stuck */
 
 /* --- creation ------------------------------------------------------------------------------ */
@@ -238,7 +238,8 @@ int qpc_handler_add_waiter(struct qpc_handler *handler, struct qpc_waiter waiter
     return code;
 }
 
-/* There are about as many waiters as vCPUs: a scan is cheaper than a table. */
+/* A waiter for each fault read and not answered: about one a vCPU, some more where KVM
+ * faults asynchronously. A scan is cheaper than a table. */
 void qpc_handler_settle_waiters(struct qpc_handler *handler, uint32_t block, uint64_t first,
                                 uint64_t count)
 {
@@ -253,6 +254,17 @@ void qpc_handler_settle_waiters(struct qpc_handler *handler, uint32_t block, uin
         }
     }
     pthread_mutex_unlock(&handler->waiters_lock);
+}
+
+int64_t qpc_handler_oldest_waiter_us(struct qpc_handler *handler)
+{
+    int64_t oldest_us = 0;
+    pthread_mutex_lock(&handler->waiters_lock);
+    for (size_t i = 0; i < handler->waiter_count; i++)
+        if (!oldest_us || handler->waiters[i].read_us < oldest_us)
+            oldest_us = handler->waiters[i].read_us;
+    pthread_mutex_unlock(&handler->waiters_lock);
+    return oldest_us;
 }
 
 /* --- mappings ------------------------------------------------------------------------------ */
@@ -352,8 +364,10 @@ static int place_mapped(struct qpc_handler *handler, const struct qpc_mapping *m
                         struct qpc_error *error)
 {
     int64_t give_up_us = 0;
+    bool singly = false;
     while (run.count) {
-        uint64_t hva = hva_of(mapping, run.first), length = run.count * PAGE, done_bytes;
+        uint64_t hva = hva_of(mapping, run.first), done_bytes;
+        uint64_t length = singly ? PAGE : run.count * PAGE;
         enum qpc_result result =
             source ? qpc_uffd_copy(handler->ops, handler->uffd, hva, source, length, &done_bytes)
                    : qpc_uffd_zero(handler->ops, handler->uffd, hva, length, &done_bytes);
@@ -376,11 +390,16 @@ static int place_mapped(struct qpc_handler *handler, const struct qpc_mapping *m
                                 length);
             sched_yield();
             break;
-        case QPC_RANGE_GONE:
+        case QPC_SPACE_GONE:
             code = qpc_fail(error, QPC_GONE, failure, "place a page", hva, length);
             break;
         case QPC_FAILED:
-            code = qpc_fail(error, QPC_SYSTEM, failure, "place a page", hva, length);
+            /* ENOENT is also the answer to a run across two mappings: QEMU may have
+             * split one since (an mprotect, a madvise). Each page lies in one. */
+            if (failure == ENOENT && length > PAGE)
+                singly = true;
+            else
+                code = qpc_fail(error, QPC_SYSTEM, failure, "place a page", hva, length);
             break;
         }
         if (code)
@@ -459,7 +478,7 @@ int qpc_handler_place_again(struct qpc_handler *handler, uint32_t index, uint64_
             qpc_uffd_zero(handler->ops, handler->uffd, hva, PAGE, &done_bytes);
         if (result == QPC_PLACED)
             atomic_fetch_add(&handler->shared->discarded_pages, 1);
-        else if (result == QPC_RANGE_GONE)
+        else if (result == QPC_SPACE_GONE)
             return qpc_fail(error, QPC_GONE, errno, "place a discarded page", hva, PAGE);
         else if (result == QPC_FAILED)
             return qpc_fail(error, QPC_SYSTEM, errno, "place a discarded page", hva, PAGE);
@@ -469,21 +488,6 @@ int qpc_handler_place_again(struct qpc_handler *handler, uint32_t index, uint64_
 }
 
 /* --- taking over --------------------------------------------------------------------------- */
-
-static int mark_data(struct qpc_block *block, int ram_fd, struct qpc_error *error)
-{
-    off_t end = (off_t)(block->pages * PAGE), data = 0;
-    while (data < end && (data = lseek(ram_fd, data, SEEK_DATA)) >= 0) {
-        off_t hole = lseek(ram_fd, data, SEEK_HOLE);
-        if (hole < 0)
-            break;
-        qpc_bits_set(&block->placed, (uint64_t)data / PAGE, (uint64_t)(hole - data) / PAGE);
-        data = hole;
-    }
-    if (data >= end || errno == ENXIO) /* ENXIO: no data beyond here */
-        return QPC_OK;
-    return qpc_fail(error, QPC_SYSTEM, errno, "SEEK_DATA in the destination's RAM", 0, 0);
-}
 
 /* Make known what `bits` says; how many pages were not known before. */
 static uint64_t know_all_of(struct qpc_block *block, const struct qpc_bits *bits)
@@ -509,7 +513,7 @@ int qpc_handler_adopt(struct qpc_handler *handler, const int *ram_fds, struct qp
     uint64_t newly = 0;
     for (unsigned i = 0; i < handler->block_count; i++) {
         struct qpc_block *block = &handler->blocks[i];
-        int code = mark_data(block, ram_fds[i], error);
+        int code = qpc_bits_set_data(&block->placed, ram_fds[i], error);
         if (code)
             return code;
         newly += know_all_of(block, &block->placed) + know_all_of(block, &block->zero);
@@ -541,6 +545,7 @@ void qpc_handler_reset(struct qpc_handler *handler)
     eventfd_t ignored;
     eventfd_read(handler->stop_fd, &ignored);
     atomic_store(&handler->stopping, false);
+    atomic_store(&handler->heard, false);
     for (unsigned i = 0; i < handler->block_count; i++)
         qpc_bits_clear_all(&handler->blocks[i].requested);
     forget_claims(handler);
@@ -551,26 +556,58 @@ void qpc_handler_reset(struct qpc_handler *handler)
 
 int qpc_handler_done_fd(const struct qpc_handler *handler) { return handler->done_fd; }
 
+/* Many frames a write: a fragmented guest has millions of extents. */
+struct batch {
+    struct qpc_lane lane;
+    uint8_t *bytes; /* HAVE_BATCH frames */
+    size_t count;
+};
+
+static int flush(struct batch *batch, struct qpc_error *error)
+{
+    struct iovec part = {batch->bytes, batch->count * QPC_FRAME_BYTES};
+    batch->count = 0;
+    return part.iov_len ? qpc_lane_write(&batch->lane, &part, 1, error) : QPC_OK;
+}
+
+static int add(struct batch *batch, struct qpc_frame frame, struct qpc_error *error)
+{
+    qpc_frame_encode(&frame, batch->bytes + batch->count++ * QPC_FRAME_BYTES);
+    return batch->count == HAVE_BATCH ? flush(batch, error) : QPC_OK;
+}
+
+static int add_known(struct batch *batch, uint16_t index, const struct qpc_bits *known,
+                     struct qpc_error *error)
+{
+    uint64_t page = 0, stop;
+    int code = QPC_OK;
+    while (!code && (page = qpc_bits_next(known, page, known->pages, true)) < known->pages) {
+        stop = qpc_bits_next(known, page, known->pages, false);
+        code = add(batch,
+                   (struct qpc_frame){.type = QPC_FRAME_HAVE,
+                                      .block = index,
+                                      .first_page = page,
+                                      .page_count = stop - page},
+                   error);
+        page = stop;
+    }
+    return code;
+}
+
 int qpc_handler_send_have(struct qpc_handler *handler, int lane_fd, struct qpc_error *error)
 {
-    struct qpc_lane lane;
-    int code = qpc_lane_init(&lane, lane_fd, handler->stop_fd, handler->block_pages,
+    struct batch batch = {.bytes = malloc((size_t)HAVE_BATCH * QPC_FRAME_BYTES)};
+    int code = qpc_lane_init(&batch.lane, lane_fd, handler->stop_fd, handler->block_pages,
                              handler->block_count, error);
-    for (unsigned i = 0; i < handler->block_count && !code; i++) {
-        struct qpc_bits *known = &handler->blocks[i].known;
-        uint64_t pages = known->pages, page = 0;
-        while (!code && (page = qpc_bits_next(known, page, pages, true)) < pages) {
-            uint64_t stop = qpc_bits_next(known, page, pages, false);
-            struct qpc_frame have = {.type = QPC_FRAME_HAVE,
-                                     .block = (uint16_t)i,
-                                     .first_page = page,
-                                     .page_count = stop - page};
-            code = qpc_lane_write_frame(&lane, &have, error);
-            page = stop;
-        }
-    }
+    if (!code && !batch.bytes)
+        code = qpc_fail(error, QPC_NO_MEMORY, ENOMEM, "HAVE frames", 0, 0);
+    for (unsigned i = 0; i < handler->block_count && !code; i++)
+        code = add_known(&batch, (uint16_t)i, &handler->blocks[i].known, error);
     if (!code)
-        code = qpc_lane_write_frame(&lane, &(struct qpc_frame){.type = QPC_FRAME_START}, error);
-    qpc_lane_deinit(&lane);
+        code = add(&batch, (struct qpc_frame){.type = QPC_FRAME_START}, error);
+    if (!code)
+        code = flush(&batch, error);
+    free(batch.bytes);
+    qpc_lane_deinit(&batch.lane);
     return code;
 }

@@ -22,7 +22,6 @@
 #include "uffd.h"
 
 /* cdef-begin */
-#define QPC_MAPPINGS_MAX 1024
 /* Latency buckets: 8 to a power of two, in microseconds; see qpc_bucket_upper_us. */
 #define QPC_BUCKETS 256
 
@@ -69,6 +68,10 @@ void qpc_handler_commit(struct qpc_handler *handler);
 int qpc_handler_send_have(struct qpc_handler *handler, int lane_fd, struct qpc_error *error);
 int qpc_handler_run_demand(struct qpc_handler *handler, int lane_fd, struct qpc_error *error);
 int qpc_handler_run_push(struct qpc_handler *handler, int lane_fd, struct qpc_error *error);
+
+/* While there are no lanes: answer the faults that need none, and leave the others to
+ * the next session, which wakes them. Until stopped. */
+int qpc_handler_run_local(struct qpc_handler *handler, struct qpc_error *error);
 int qpc_handler_wake_all(struct qpc_handler *handler, struct qpc_error *error);
 
 void qpc_handler_stop(struct qpc_handler *handler);  /* any thread */
@@ -113,6 +116,7 @@ struct qpc_handler {
     uint64_t total_pages;
     _Atomic uint64_t remaining_pages;
     _Atomic bool committed, stopping;
+    _Atomic bool heard; /* the page server has said something in this session */
     struct qpc_bits shared_words; /* the file under `shared` */
     struct qpc_handler_shared *shared;
     pthread_mutex_t waiters_lock;
@@ -143,6 +147,7 @@ void qpc_handler_settle_waiters(struct qpc_handler *handler, uint32_t block, uin
                                 uint64_t count);
 int qpc_handler_add_waiter(struct qpc_handler *handler, struct qpc_waiter waiter,
                            struct qpc_error *error);
+int64_t qpc_handler_oldest_waiter_us(struct qpc_handler *handler); /* 0: nobody waits */
 const struct qpc_mapping *qpc_handler_find(const struct qpc_handler *handler, uint64_t address);
 
 #endif

@@ -97,6 +97,10 @@ class HandlerCore:
         """Take what one push lane brings; DONE when the page server says it was all."""
         return run_loop(lib.qpc_handler_run_push, self._handler, push_fd)
 
+    def run_local(self) -> LaneEnd:
+        """While there are no lanes: answer the faults that need none, until stopped."""
+        return run_loop(lib.qpc_handler_run_local, self._handler)
+
     def wake_all(self) -> None:
         """Have every unanswered fault raised again."""
         call(lib.qpc_handler_wake_all, self._handler)

@@ -1,6 +1,8 @@
 """The greeting of a lane: both sides agree on the migration before any page moves.
 
-Blocking, with a deadline; called from a thread. The codec is C (wire.c).
+`greet` and `welcome` block, with a deadline, and are called from a thread; what
+they are made of (`hello_body_bytes`, `judge_offer`, `prepare_lane`) does no
+waiting, for who greets in an event loop. The codec is C (wire.c).
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from qpostcopy.core.calls import CoreError, call, ffi, lib
 from qpostcopy.core.types import PAGE_BYTES, RamBlock
 from qpostcopy.errors import QpostcopyError
 
+#: What can be judged before a peer is believed to send a hello at all.
+HELLO_HEADER_BYTES = int(lib.QPC_HELLO_HEADER_BYTES)
 #: A peer that vanished without a word is noticed after this long.
 DEAD_PEER_MS = 15_000
 
@@ -60,15 +64,25 @@ class Hello:
     features: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What is thought of an offer: the bytes to answer with, and why it is refused (None: not)."""
+
+    kind: LaneKind
+    index: int
+    answer: bytes
+    refusal: str | None
+
+
 def greet(sock: socket.socket, hello: Hello, timeout_seconds: float) -> None:
     """Page server's side: offer, and wait to be accepted.
 
     :raise HelloError: refused, or not answered in time.
     """
     deadline = time.monotonic() + timeout_seconds
-    _prepare(sock)
+    prepare_lane(sock)
     _send(sock, _encode(hello, Verdict.OFFER), deadline)
-    answer = _receive(sock, deadline)
+    answer = _decode(_receive(sock, deadline))
     verdict = Verdict(answer.status)
     if verdict in REFUSALS:
         raise HelloError(
@@ -89,15 +103,47 @@ def welcome(sock: socket.socket, expected: Hello, timeout_seconds: float) -> tup
     :raise HelloError: the peer was refused, or is no page server.
     """
     deadline = time.monotonic() + timeout_seconds
-    _prepare(sock)
-    offer = _receive(sock, deadline)
+    prepare_lane(sock)
+    judgement = judge_offer(_receive(sock, deadline), expected)
+    _send(sock, judgement.answer, deadline)
+    if judgement.refusal is not None:
+        raise HelloError(f"refused a lane: {judgement.refusal}")
+    sock.settimeout(None)
+    return judgement.kind, judgement.index
+
+
+def hello_body_bytes(header: bytes) -> int:
+    """How many bytes follow a hello's header of HELLO_HEADER_BYTES; bounded.
+
+    :raise HelloError: whoever sent it is no lane of ours.
+    """
+    length = ffi.new("size_t *")
+    _checked(lib.qpc_hello_body_bytes, header, length)
+    return int(length[0])
+
+
+def judge_offer(whole: bytes, expected: Hello) -> Judgement:
+    """Read an offer, header and body, and find the answer to it. As `welcome`, without a socket.
+
+    :raise HelloError: it is no hello: no answer is due.
+    """
+    offer = _decode(whole)
     verdict, why = _judge(offer, expected)
     answer = Hello("", b"", LaneKind(offer.lane_kind), offer.lane_index, ())
-    _send(sock, _encode(answer, verdict), deadline)
-    if verdict is not Verdict.ACCEPT:
-        raise HelloError(f"refused a lane: {why}")
-    sock.settimeout(None)
-    return answer.kind, answer.index
+    refusal = None if verdict is Verdict.ACCEPT else why
+    return Judgement(answer.kind, answer.index, _encode(answer, verdict), refusal)
+
+
+def prepare_lane(sock: socket.socket) -> None:
+    """Small frames at once; a peer that is gone without a word is noticed."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_MS)
 
 
 def _judge(offer: Any, expected: Hello) -> tuple[Verdict, str]:
@@ -159,17 +205,22 @@ def _encode(hello: Hello, verdict: Verdict) -> bytes:
     return bytes(ffi.buffer(out, lib.qpc_hello_encode(raw, out)))
 
 
-def _receive(sock: socket.socket, deadline: float) -> Any:
-    header = _receive_exactly(sock, lib.QPC_HELLO_HEADER_BYTES, deadline)
-    body_bytes = ffi.new("size_t *")
+def _decode(whole: bytes) -> Any:
     raw = ffi.new("struct qpc_hello *")
+    _checked(lib.qpc_hello_decode, whole, len(whole), raw)
+    return raw
+
+
+def _checked(function: Any, *arguments: Any) -> None:
     try:
-        call(lib.qpc_hello_body_bytes, header, body_bytes)
-        whole = header + _receive_exactly(sock, int(body_bytes[0]), deadline)
-        call(lib.qpc_hello_decode, whole, len(whole), raw)
+        call(function, *arguments)
     except CoreError as error:
         raise HelloError(f"not a lane of qpostcopy: {error}") from error
-    return raw
+
+
+def _receive(sock: socket.socket, deadline: float) -> bytes:
+    header = _receive_exactly(sock, HELLO_HEADER_BYTES, deadline)
+    return header + _receive_exactly(sock, hello_body_bytes(header), deadline)
 
 
 def _receive_exactly(sock: socket.socket, length: int, deadline: float) -> bytes:
@@ -194,15 +245,3 @@ def _bounded(sock: socket.socket, deadline: float, operation: Any, argument: Any
         raise HelloError("the peer did not finish its hello in time") from error
     except OSError as error:
         raise HelloError(f"the lane broke during the hello: {error}") from error
-
-
-def _prepare(sock: socket.socket) -> None:
-    """Small frames at once; a peer that is gone without a word is noticed."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_MS)

@@ -26,7 +26,7 @@ def uffd_register_missing(uffd: int, hva: int, length_bytes: int) -> None:
 def uffd_unregister(uffd: int, hva: int, length_bytes: int) -> None:
     """Give the range back; wakes whoever waits in it.
 
-    :raise TargetGoneError: the address space is gone, and the range with it.
+    :raise CoreSystemError: ENOMEM: the address space is gone, and the range with it.
     """
     call(lib.qpc_uffd_unregister, uffd, hva, length_bytes)
 

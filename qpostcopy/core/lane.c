@@ -1,6 +1,8 @@
 #include "lane.h"
 
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -32,15 +34,15 @@ void qpc_lane_deinit(struct qpc_lane *lane)
 
 int qpc_lane_poll_ms(const struct qpc_lane *lane)
 {
-    if (!lane->stalled_since_us)
+    if (!lane->begun_us)
         return -1;
-    int64_t waited_ms = (qpc_system_ops.now_us() - lane->stalled_since_us) / 1000;
+    int64_t waited_ms = (qpc_system_ops.now_us() - lane->begun_us) / 1000;
     return waited_ms >= QPC_STALL_MS ? 0 : (int)(QPC_STALL_MS - waited_ms);
 }
 
 int qpc_lane_check_stall(const struct qpc_lane *lane, struct qpc_error *error)
 {
-    if (!lane->stalled_since_us || qpc_lane_poll_ms(lane) > 0)
+    if (!lane->begun_us || qpc_lane_poll_ms(lane) > 0)
         return QPC_OK;
     return qpc_fail(error, QPC_TIMEOUT, ETIMEDOUT, "peer stalled in the middle of a frame", 0,
                     QPC_STALL_MS);
@@ -77,7 +79,8 @@ static int fill(struct qpc_lane *lane, struct qpc_error *error)
     if (got > 0) {
         lane->end += (size_t)got;
         lane->received_bytes += (uint64_t)got;
-        lane->stalled_since_us = qpc_system_ops.now_us();
+        if (!lane->begun_us) /* the clock runs from a frame's first byte to its last */
+            lane->begun_us = qpc_system_ops.now_us();
         return QPC_OK;
     }
     if (got == 0)
@@ -87,7 +90,7 @@ static int fill(struct qpc_lane *lane, struct qpc_error *error)
                               0, lane->end - lane->start);
     if (errno == EAGAIN || errno == EINTR)
         return qpc_fail(error, QPC_TIMEOUT, EAGAIN, "nothing to read", 0, 0);
-    int code = errno == ECONNRESET || errno == ETIMEDOUT || errno == EPIPE ? QPC_CLOSED : QPC_SYSTEM;
+    int code = errno == ECONNRESET || errno == ETIMEDOUT || errno == EPIPE ? QPC_CLOSED : QPC_LANE;
     return qpc_fail(error, code, errno, "recv on a lane", 0, 0);
 }
 
@@ -96,15 +99,13 @@ int qpc_lane_next(struct qpc_lane *lane, struct qpc_frame *frame, const uint8_t 
 {
     for (;;) {
         int code = parse(lane, frame, payload, error);
-        if (code == QPC_OK && lane->start == lane->end)
-            lane->stalled_since_us = 0;
+        if (code == QPC_OK) /* bytes behind it are the next frame's */
+            lane->begun_us = lane->start == lane->end ? 0 : qpc_system_ops.now_us();
         if (code != QPC_TIMEOUT)
             return code;
         if (lane->start == lane->end)
             lane->start = lane->end = 0;
         code = fill(lane, error);
-        if (code == QPC_TIMEOUT && lane->start == lane->end)
-            lane->stalled_since_us = 0;
         if (code)
             return code;
     }
@@ -118,7 +119,7 @@ int qpc_lane_wait(struct qpc_lane *lane, int timeout_ms, struct qpc_error *error
         timeout_ms = stall_ms;
     int ready = poll(watch, 2, timeout_ms);
     if (ready < 0 && errno != EINTR)
-        return qpc_fail(error, QPC_SYSTEM, errno, "poll on a lane", 0, 0);
+        return qpc_fail(error, QPC_LANE, errno, "poll on a lane", 0, 0);
     if (ready > 0 && watch[1].revents)
         return qpc_fail(error, QPC_STOPPED, 0, "asked to stop", 0, 0);
     if (ready == 0) {
@@ -128,12 +129,13 @@ int qpc_lane_wait(struct qpc_lane *lane, int timeout_ms, struct qpc_error *error
     return QPC_OK;
 }
 
-static int wait_writable(struct qpc_lane *lane, struct qpc_error *error)
+static int wait_writable(struct qpc_lane *lane, int64_t deadline_us, struct qpc_error *error)
 {
     struct pollfd watch[] = {{lane->fd, POLLOUT, 0}, {lane->stop_fd, POLLIN, 0}};
-    int ready = poll(watch, 2, QPC_STALL_MS);
+    int64_t left_ms = (deadline_us - qpc_system_ops.now_us()) / 1000;
+    int ready = poll(watch, 2, left_ms > 0 ? (int)left_ms : 0);
     if (ready < 0 && errno != EINTR)
-        return qpc_fail(error, QPC_SYSTEM, errno, "poll on a lane", 0, 0);
+        return qpc_fail(error, QPC_LANE, errno, "poll on a lane", 0, 0);
     if (ready > 0 && watch[1].revents)
         return qpc_fail(error, QPC_STOPPED, 0, "asked to stop", 0, 0);
     if (ready == 0)
@@ -155,6 +157,7 @@ static void advance(struct iovec *parts, int *first, int count, size_t done)
 int qpc_lane_write(struct qpc_lane *lane, struct iovec *parts, int count, struct qpc_error *error)
 {
     int first = 0;
+    int64_t deadline_us = qpc_system_ops.now_us() + QPC_STALL_MS * 1000;
     while (first < count) {
         struct msghdr message = {.msg_iov = parts + first, .msg_iovlen = (size_t)(count - first)};
         ssize_t done = sendmsg(lane->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
@@ -167,12 +170,29 @@ int qpc_lane_write(struct qpc_lane *lane, struct iovec *parts, int count, struct
         if (errno == EPIPE || errno == ECONNRESET || errno == ETIMEDOUT)
             return qpc_fail(error, QPC_CLOSED, errno, "peer closed the lane", 0, 0);
         if (errno != EAGAIN)
-            return qpc_fail(error, QPC_SYSTEM, errno, "sendmsg on a lane", 0, 0);
-        int code = wait_writable(lane, error);
+            return qpc_fail(error, QPC_LANE, errno, "sendmsg on a lane", 0, 0);
+        int code = wait_writable(lane, deadline_us, error);
         if (code)
             return code;
     }
     return QPC_OK;
+}
+
+int qpc_lane_try_write(struct qpc_lane *lane, const uint8_t *bytes, size_t length, size_t *done,
+                       struct qpc_error *error)
+{
+    ssize_t sent = send(lane->fd, bytes, length, MSG_DONTWAIT | MSG_NOSIGNAL);
+    *done = sent > 0 ? (size_t)sent : 0;
+    if (sent >= 0 || errno == EAGAIN || errno == EINTR)
+        return QPC_OK;
+    int code = errno == EPIPE || errno == ECONNRESET || errno == ETIMEDOUT ? QPC_CLOSED : QPC_LANE;
+    return qpc_fail(error, code, errno, "send on a lane", 0, 0);
+}
+
+void qpc_lane_limit_unsent(struct qpc_lane *lane, int bytes)
+{
+    /* Not every stream is TCP: a lane over a unix socket has no such option. */
+    (void)setsockopt(lane->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &bytes, sizeof bytes);
 }
 
 int qpc_lane_write_frame(struct qpc_lane *lane, const struct qpc_frame *frame,

@@ -1,8 +1,8 @@
 /* One lane: a connected stream socket that carries frames in both directions.
  *
- * Nothing here blocks without watching the stop descriptor too, and a frame
- * that has begun must go on: a peer that stalls in the middle of one for
- * QPC_STALL_MS is given up. File descriptors are borrowed. */
+ * Nothing here blocks without watching the stop descriptor too, and each frame
+ * has QPC_STALL_MS from its first byte to its last, in either direction; a peer
+ * that takes longer is given up. File descriptors are borrowed. */
 #ifndef QPC_LANE_H
 #define QPC_LANE_H
 
@@ -23,7 +23,7 @@ struct qpc_lane {
     unsigned block_count;
     uint8_t *buffer;
     size_t capacity, start, end; /* bytes [start, end) are read and not yet parsed */
-    int64_t stalled_since_us;    /* 0: not in the middle of a frame */
+    int64_t begun_us;            /* when the first byte of the present frame came; 0: none */
     uint64_t received_bytes;
 };
 
@@ -45,6 +45,13 @@ int qpc_lane_wait(struct qpc_lane *lane, int timeout_ms, struct qpc_error *error
 int qpc_lane_write(struct qpc_lane *lane, struct iovec *parts, int count, struct qpc_error *error);
 int qpc_lane_write_frame(struct qpc_lane *lane, const struct qpc_frame *frame,
                          struct qpc_error *error);
+
+/* Write what fits at once; *done bytes of it. */
+int qpc_lane_try_write(struct qpc_lane *lane, const uint8_t *bytes, size_t length, size_t *done,
+                       struct qpc_error *error);
+
+/* Keep no more than this unsent in the socket: what is written next waits for no queue of ours. */
+void qpc_lane_limit_unsent(struct qpc_lane *lane, int bytes);
 
 /* How long poll may wait before a stalled frame is due; -1: for ever. */
 int qpc_lane_poll_ms(const struct qpc_lane *lane);

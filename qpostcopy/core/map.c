@@ -1,3 +1,4 @@
+#define _GNU_SOURCE /* SEEK_DATA */
 #include "map.h"
 
 #include <errno.h>
@@ -100,16 +101,6 @@ uint64_t qpc_bits_set(struct qpc_bits *bits, uint64_t first, uint64_t count)
     return changed;
 }
 
-uint64_t qpc_bits_clear(struct qpc_bits *bits, uint64_t first, uint64_t count)
-{
-    uint64_t end = first + count, changed = 0;
-    for (uint64_t word = first / WORD_PAGES; word * WORD_PAGES < end; word++) {
-        uint64_t mask = mask_of(word, first, end);
-        changed += count_of(mask & atomic_fetch_and(&bits->words[word], ~mask));
-    }
-    return changed;
-}
-
 void qpc_bits_clear_all(struct qpc_bits *bits)
 {
     memset((void *)bits->words, 0, bytes_of(bits->pages));
@@ -118,14 +109,6 @@ void qpc_bits_clear_all(struct qpc_bits *bits)
 void qpc_bits_copy(struct qpc_bits *to, const struct qpc_bits *from)
 {
     memcpy((void *)to->words, (const void *)from->words, bytes_of(from->pages));
-}
-
-uint64_t qpc_bits_count(const struct qpc_bits *bits)
-{
-    uint64_t count = 0;
-    for (uint64_t word = 0; word * WORD_PAGES < bits->pages; word++)
-        count += count_of(atomic_load_explicit(&bits->words[word], memory_order_relaxed));
-    return count;
 }
 
 /* The first page in [from, end) whose bit is set in what `value` gives for its word. */
@@ -176,4 +159,24 @@ struct qpc_run qpc_bits_claim(struct qpc_bits *bits, uint64_t from, uint64_t end
                                     count_of(won)};
     }
     return (struct qpc_run){end, 0};
+}
+
+int qpc_bits_set_data(struct qpc_bits *bits, int fd, struct qpc_error *error)
+{
+    off_t end = (off_t)(bits->pages * QPC_PAGE_BYTES), data = 0, hole;
+    for (; (data = lseek(fd, data, SEEK_DATA)) >= 0 && data < end; data = hole) {
+        hole = lseek(fd, data, SEEK_HOLE);
+        if (hole < 0)
+            break;
+        if (hole > end) /* a file may be longer than its block */
+            hole = end;
+        uint64_t first = (uint64_t)data / QPC_PAGE_BYTES;
+        uint64_t last = ((uint64_t)hole + QPC_PAGE_BYTES - 1) / QPC_PAGE_BYTES;
+        qpc_bits_set(bits, first, last - first);
+        if (hole == end)
+            return QPC_OK;
+    }
+    if (data >= end || errno == ENXIO) /* ENXIO: no data beyond here */
+        return QPC_OK;
+    return qpc_fail(error, QPC_SYSTEM, errno, "SEEK_DATA in a RAM file", (uint64_t)data, 0);
 }

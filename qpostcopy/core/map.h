@@ -20,6 +20,7 @@
 #include <stdint.h>
 
 #include "error.h"
+#include "wire.h"
 
 struct qpc_bits {
     _Atomic uint64_t *words;
@@ -37,12 +38,10 @@ void qpc_bits_deinit(struct qpc_bits *bits);
 
 bool qpc_bits_test(const struct qpc_bits *bits, uint64_t page);
 
-/* Set (clear) a range; how many of its bits changed. */
+/* Set a range; how many of its bits were clear. */
 uint64_t qpc_bits_set(struct qpc_bits *bits, uint64_t first, uint64_t count);
-uint64_t qpc_bits_clear(struct qpc_bits *bits, uint64_t first, uint64_t count);
 void qpc_bits_clear_all(struct qpc_bits *bits);
 void qpc_bits_copy(struct qpc_bits *to, const struct qpc_bits *from); /* of the same size */
-uint64_t qpc_bits_count(const struct qpc_bits *bits);
 
 /* The first page in [from, end) whose bit is `value`, or `end`. */
 uint64_t qpc_bits_next(const struct qpc_bits *bits, uint64_t from, uint64_t end, bool value);
@@ -59,5 +58,9 @@ struct qpc_run {
 /* Win the first run of clear pages in [from, end): set them, and no other thread
  * did. A run ends at a multiple of 64 pages at the latest. Count 0: none left. */
 struct qpc_run qpc_bits_claim(struct qpc_bits *bits, uint64_t from, uint64_t end);
+
+/* Set the bits of all pages that are data in the file (SEEK_DATA): written once, swapped out or
+ * not. What the file has beyond the map is passed over. */
+int qpc_bits_set_data(struct qpc_bits *bits, int fd, struct qpc_error *error);
 
 #endif

@@ -2,19 +2,15 @@
  *
  * Several lanes share one cursor. Between two runs of at most 64 pages a lane
  * yields to faults that wait, and to the limit that the plan sets. */
-#define _GNU_SOURCE /* SEEK_DATA */
 #include <errno.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <stdlib.h>
-#include <sys/socket.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "source.h"
 #include "uffd.h"
 
 #define PAGE QPC_PAGE_BYTES
+#define JUMP_PAGE_BITS 48
 #define BATCH 1024           /* hole frames a write */
 #define UNSENT_BYTES 262144  /* what may wait unsent in a push socket */
 #define YIELD_MS 5           /* the longest that one look at waiting faults takes */
@@ -41,6 +37,12 @@ struct qpc_run qpc_source_take(struct qpc_source *source, uint32_t index, uint64
 /* The rest of RAM behind the last fault; false when that is done. */
 static bool take_here(struct qpc_source *source, struct qpc_extent *out)
 {
+    uint64_t jump = atomic_exchange(&source->jump, 0);
+    if (jump) {
+        source->here = true;
+        source->here_block = (uint32_t)(jump >> JUMP_PAGE_BITS);
+        source->here_page = (jump & ((1ull << JUMP_PAGE_BITS) - 1)) - 1;
+    }
     while (source->here) {
         uint64_t end = source->block_pages[source->here_block];
         struct qpc_run run = {end, 0};
@@ -84,15 +86,11 @@ bool qpc_source_next(struct qpc_source *source, struct qpc_extent *run)
     return found;
 }
 
+/* Without the lock: a lane may be searching all of RAM under it, and this is a fault's path. */
 void qpc_source_jump(struct qpc_source *source, uint32_t block, uint64_t page)
 {
-    if (!source->push_from_fault)
-        return;
-    pthread_mutex_lock(&source->lock);
-    source->here = true;
-    source->here_block = block;
-    source->here_page = page;
-    pthread_mutex_unlock(&source->lock);
+    if (source->push_from_fault)
+        atomic_store(&source->jump, (uint64_t)block << JUMP_PAGE_BITS | (page + 1));
 }
 
 /* --- holes --------------------------------------------------------------------------------- */
@@ -125,26 +123,12 @@ static int announce(struct qpc_source *source, struct batch *batch, uint32_t blo
     return batch->count == BATCH ? flush(source, batch, error) : QPC_OK;
 }
 
-/* Data in the file goes to `present`. The source is stopped: this is final. */
-static int scan_block(struct qpc_source_block *block, struct qpc_error *error)
-{
-    off_t end = (off_t)(block->pages * PAGE), data = 0, hole;
-    for (; data < end && (data = lseek(block->fd, data, SEEK_DATA)) >= 0; data = hole) {
-        hole = lseek(block->fd, data, SEEK_HOLE);
-        if (hole < 0)
-            break;
-        uint64_t first = (uint64_t)data / PAGE, last = ((uint64_t)hole + PAGE - 1) / PAGE;
-        qpc_bits_set(&block->present, first, (last < block->pages ? last : block->pages) - first);
-    }
-    if (data >= end || errno == ENXIO) /* ENXIO: no data beyond here */
-        return QPC_OK;
-    return qpc_fail(error, QPC_SYSTEM, errno, "SEEK_DATA in the source's RAM", (uint64_t)data, 0);
-}
-
+/* What is data in the files is `present`. The source is stopped: this is final. */
 static int scan(struct qpc_source *source, struct qpc_error *error)
 {
     for (unsigned i = 0; i < source->block_count; i++) {
-        int code = scan_block(&source->blocks[i], error);
+        struct qpc_source_block *block = &source->blocks[i];
+        int code = qpc_bits_set_data(&block->present, block->fd, error);
         if (code)
             return code;
     }
@@ -187,7 +171,7 @@ static int stopped(struct qpc_error *error)
 static void wait_changed(struct qpc_source *source)
 {
     struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += YIELD_MS * 1000000L;
     until.tv_sec += until.tv_nsec / 1000000000L;
     until.tv_nsec %= 1000000000L;
@@ -216,25 +200,31 @@ static int yield_to_faults(struct qpc_source *source, struct qpc_error *error)
     return atomic_load(&source->stopping) ? stopped(error) : QPC_OK;
 }
 
-/* Book `bytes` on the limit that all lanes share; wait until they may go. */
-static int pace(struct qpc_source *source, struct qpc_lane *lane, uint64_t bytes,
-                struct qpc_error *error)
+/* Book what was sent on the limit that all lanes share. */
+static void book(struct qpc_source *source, uint64_t bytes)
+{
+    if (!source->push_bytes_per_second)
+        return;
+    int64_t earliest_us = qpc_system_ops.now_us() - BURST_US;
+    pthread_mutex_lock(&source->lock);
+    if (source->push_due_us < earliest_us)
+        source->push_due_us = earliest_us;
+    source->push_due_us += (int64_t)(bytes * 1000000 / source->push_bytes_per_second);
+    pthread_mutex_unlock(&source->lock);
+}
+
+/* Wait until the limit lets the next run go. */
+static int pace(struct qpc_source *source, struct qpc_lane *lane, struct qpc_error *error)
 {
     if (!source->push_bytes_per_second)
         return QPC_OK;
-    int64_t now_us = qpc_system_ops.now_us();
     pthread_mutex_lock(&source->lock);
-    if (source->push_due_us < now_us - BURST_US)
-        source->push_due_us = now_us - BURST_US;
-    int64_t wait_us = source->push_due_us - now_us;
-    source->push_due_us += (int64_t)(bytes * 1000000 / source->push_bytes_per_second);
+    int64_t wait_us = source->push_due_us - qpc_system_ops.now_us();
     pthread_mutex_unlock(&source->lock);
     if (wait_us <= 0)
         return QPC_OK;
     struct pollfd watch = {lane->stop_fd, POLLIN, 0};
-    if (poll(&watch, 1, (int)(wait_us / 1000 + 1)) > 0)
-        return stopped(error);
-    return QPC_OK;
+    return poll(&watch, 1, (int)(wait_us / 1000 + 1)) > 0 ? stopped(error) : QPC_OK;
 }
 
 /* --- the loop ------------------------------------------------------------------------------ */
@@ -243,17 +233,17 @@ static int push_all(struct qpc_source *source, struct qpc_lane *lane, uint8_t *b
                     struct qpc_error *error)
 {
     struct qpc_extent run;
-    int code = QPC_OK;
-    while (!(code = yield_to_faults(source, error)) && qpc_source_next(source, &run)) {
-        uint64_t zero;
-        code = pace(source, lane, run.page_count * PAGE, error);
-        if (!code)
-            code = qpc_source_send(source, lane, run.block, run.first_page, run.page_count, buffer,
-                                   &zero, error);
+    struct qpc_sent sent;
+    int code;
+    while (!(code = pace(source, lane, error)) && !(code = yield_to_faults(source, error)) &&
+           qpc_source_next(source, &run)) {
+        code = qpc_source_send(source, lane, run.block, run.first_page, run.page_count, buffer,
+                               &sent, error);
         if (code)
             return code;
-        atomic_fetch_add(&source->zero_pages, zero);
-        atomic_fetch_add(&source->push_pages, run.page_count - zero);
+        book(source, sent.bytes);
+        atomic_fetch_add(&source->zero_pages, sent.zero_pages);
+        atomic_fetch_add(&source->push_pages, run.page_count - sent.zero_pages);
     }
     return code;
 }
@@ -263,13 +253,11 @@ int qpc_source_run_push(struct qpc_source *source, int lane_fd, uint32_t index,
 {
     struct qpc_lane lane;
     uint8_t *buffer = malloc((size_t)QPC_FRAME_PAGES_MAX * PAGE);
-    int unsent = UNSENT_BYTES;
-    /* Not every stream is TCP: a lane over a unix socket has no such option. */
-    (void)setsockopt(lane_fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
     int code = qpc_lane_init(&lane, lane_fd, source->stop_fd, source->block_pages,
                              source->block_count, error);
     if (!code && !buffer)
         code = qpc_fail(error, QPC_NO_MEMORY, ENOMEM, "page buffer", 0, 0);
+    qpc_lane_limit_unsent(&lane, UNSENT_BYTES);
     if (!code && index == 0 && !atomic_load(&source->scanned))
         code = scan(source, error);
     if (!code)

@@ -1,14 +1,15 @@
-#define _GNU_SOURCE /* SEEK_DATA */
 #include "source.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PAGE QPC_PAGE_BYTES
 #define AROUND_QUEUE 256 /* extents; beyond it the oldest is left to the push lanes */
+#define UNSENT_BYTES 65536 /* what may wait unsent in the demand socket */
 #define MAX_PARTS (2 * QPC_FRAME_PAGES_MAX + 2)
 
 /* --- creation ------------------------------------------------------------------------------ */
@@ -29,6 +30,16 @@ static int init_blocks(struct qpc_source *source, const struct qpc_source_config
     return QPC_OK;
 }
 
+/* Waits on it are not to last longer because somebody sets the clock. */
+static void init_changed(pthread_cond_t *changed)
+{
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(changed, &attributes);
+    pthread_condattr_destroy(&attributes);
+}
+
 int qpc_source_create(struct qpc_source **out, const struct qpc_source_config *config,
                       struct qpc_error *error)
 {
@@ -39,7 +50,7 @@ int qpc_source_create(struct qpc_source **out, const struct qpc_source_config *c
     source->push_from_fault = config->push_from_fault;
     source->push_bytes_per_second = config->push_bytes_per_second;
     pthread_mutex_init(&source->lock, NULL);
-    pthread_cond_init(&source->changed, NULL);
+    init_changed(&source->changed);
     source->blocks = calloc(config->block_count, sizeof *source->blocks);
     source->block_pages = calloc(config->block_count, sizeof *source->block_pages);
     source->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -66,6 +77,7 @@ void qpc_source_destroy(struct qpc_source *source)
     }
     if (source->stop_fd >= 0)
         close(source->stop_fd);
+    qpc_lane_deinit(&source->demand);
     pthread_cond_destroy(&source->changed);
     pthread_mutex_destroy(&source->lock);
     free(source->extents);
@@ -108,7 +120,9 @@ void qpc_source_reset(struct qpc_source *source)
     atomic_store(&source->push_done, false);
     source->at_extent = source->at_page = 0;
     source->here = false;
+    atomic_store(&source->jump, 0);
     source->push_due_us = 0;
+    qpc_lane_deinit(&source->demand);
     for (unsigned i = 0; i < source->block_count; i++)
         qpc_bits_clear_all(&source->blocks[i].sent); /* the handler says what it has */
 }
@@ -127,19 +141,26 @@ void qpc_source_counters_read(const struct qpc_source *source, struct qpc_source
     };
 }
 
+/* The demand lane outlives receive_have: what has arrived behind START is run_demand's. */
+static int open_demand(struct qpc_source *source, int lane_fd, struct qpc_error *error)
+{
+    if (source->demand.buffer && source->demand.fd == lane_fd)
+        return QPC_OK;
+    qpc_lane_deinit(&source->demand);
+    return qpc_lane_init(&source->demand, lane_fd, source->stop_fd, source->block_pages,
+                         source->block_count, error);
+}
+
 int qpc_source_receive_have(struct qpc_source *source, int lane_fd, int deadline_ms,
                             struct qpc_error *error)
 {
-    struct qpc_lane lane;
     struct qpc_frame frame = {0};
     const uint8_t *payload;
-    int code = qpc_lane_init(&lane, lane_fd, source->stop_fd, source->block_pages,
-                             source->block_count, error);
-    lane.capacity = QPC_FRAME_BYTES; /* what follows START is run_demand's to read */
+    int code = open_demand(source, lane_fd, error);
     while (!code && frame.type != QPC_FRAME_START) {
-        code = qpc_lane_next(&lane, &frame, &payload, error);
+        code = qpc_lane_next(&source->demand, &frame, &payload, error);
         if (code == QPC_TIMEOUT && error->error_number == EAGAIN) {
-            code = qpc_lane_wait(&lane, deadline_ms, error);
+            code = qpc_lane_wait(&source->demand, deadline_ms, error);
             continue;
         }
         if (!code && frame.type == QPC_FRAME_HAVE)
@@ -147,7 +168,6 @@ int qpc_source_receive_have(struct qpc_source *source, int lane_fd, int deadline
         else if (!code && frame.type != QPC_FRAME_START)
             code = qpc_fail(error, QPC_PROTOCOL, 0, "frame: HAVE or START expected", frame.type, 0);
     }
-    qpc_lane_deinit(&lane);
     return code;
 }
 
@@ -209,12 +229,12 @@ static uint64_t bytes_of(const struct message *message)
 }
 
 int qpc_source_send(struct qpc_source *source, struct qpc_lane *lane, uint32_t block,
-                    uint64_t first, uint64_t count, uint8_t *buffer, uint64_t *zero,
+                    uint64_t first, uint64_t count, uint8_t *buffer, struct qpc_sent *sent,
                     struct qpc_error *error)
 {
     struct message message;
     message.header_count = message.part_count = 0;
-    *zero = 0;
+    *sent = (struct qpc_sent){0};
     int code = read_pages(&source->blocks[block], first, count, buffer, error);
     if (code)
         return code;
@@ -224,9 +244,10 @@ int qpc_source_send(struct qpc_source *source, struct qpc_lane *lane, uint32_t b
             if (qpc_page_is_zero(buffer + end * PAGE) != is_zero)
                 break;
         add_run(&message, block, first + from, end - from, is_zero ? NULL : buffer + from * PAGE);
-        *zero += is_zero ? end - from : 0;
+        sent->zero_pages += is_zero ? end - from : 0;
     }
-    atomic_fetch_add(&source->wire_bytes, bytes_of(&message));
+    sent->bytes = bytes_of(&message);
+    atomic_fetch_add(&source->wire_bytes, sent->bytes);
     return qpc_lane_write(lane, message.parts, message.part_count, error);
 }
 
@@ -234,26 +255,25 @@ int qpc_source_send(struct qpc_source *source, struct qpc_lane *lane, uint32_t b
 
 struct demand {
     struct qpc_source *source;
-    struct qpc_lane lane;
+    struct qpc_lane *lane;
     uint8_t *buffer;
     struct qpc_frame around[AROUND_QUEUE]; /* a ring: what faults bring along, still to be sent */
     unsigned around_first, around_count;
 };
 
+/* Before the scan has ended a hole is a page like any other: pread does not fill it, and it
+ * goes out as zeroes. Asking SEEK_DATA here would wait behind the scan for the inode's lock. */
 static bool is_hole(const struct qpc_source *source, uint32_t index, uint64_t page)
 {
-    const struct qpc_source_block *block = &source->blocks[index];
-    if (atomic_load(&source->scanned))
-        return !qpc_bits_test(&block->present, page);
-    off_t offset = (off_t)(page * PAGE);
-    return lseek(block->fd, offset, SEEK_DATA) != offset;
+    return atomic_load(&source->scanned) && !qpc_bits_test(&source->blocks[index].present, page);
 }
 
 static int answer_focus(struct demand *demand, const struct qpc_frame *request,
                         struct qpc_error *error)
 {
     struct qpc_source *source = demand->source;
-    uint64_t page = request->first_page + request->focus, zero;
+    uint64_t page = request->first_page + request->focus;
+    struct qpc_sent sent;
     atomic_fetch_add(&source->requests, 1);
     if (is_hole(source, request->block, page)) {
         struct qpc_frame hole = {.type = QPC_FRAME_HOLE,
@@ -261,12 +281,12 @@ static int answer_focus(struct demand *demand, const struct qpc_frame *request,
                                  .first_page = page,
                                  .page_count = 1};
         atomic_fetch_add(&source->wire_bytes, QPC_FRAME_BYTES);
-        return qpc_lane_write_frame(&demand->lane, &hole, error);
+        return qpc_lane_write_frame(demand->lane, &hole, error);
     }
     qpc_bits_set(&source->blocks[request->block].sent, page, 1);
-    int code = qpc_source_send(source, &demand->lane, request->block, page, 1, demand->buffer,
-                               &zero, error);
-    atomic_fetch_add(&source->demand_pages, 1 - zero);
+    int code = qpc_source_send(source, demand->lane, request->block, page, 1, demand->buffer, &sent,
+                               error);
+    atomic_fetch_add(&source->demand_pages, 1 - sent.zero_pages);
     return code;
 }
 
@@ -286,7 +306,8 @@ static int send_some_around(struct demand *demand, struct qpc_error *error)
 {
     struct qpc_source *source = demand->source;
     struct qpc_frame *extent = &demand->around[demand->around_first];
-    uint64_t end = extent->first_page + extent->page_count, zero;
+    uint64_t end = extent->first_page + extent->page_count;
+    struct qpc_sent sent;
     struct qpc_run run = qpc_source_take(source, extent->block, extent->first_page, end);
     if (!run.count) {
         demand->around_first = (demand->around_first + 1) % AROUND_QUEUE;
@@ -295,9 +316,9 @@ static int send_some_around(struct demand *demand, struct qpc_error *error)
     }
     extent->first_page = run.first + run.count;
     extent->page_count = end - extent->first_page;
-    int code = qpc_source_send(source, &demand->lane, extent->block, run.first, run.count,
-                               demand->buffer, &zero, error);
-    atomic_fetch_add(&source->around_pages, run.count - zero);
+    int code = qpc_source_send(source, demand->lane, extent->block, run.first, run.count,
+                               demand->buffer, &sent, error);
+    atomic_fetch_add(&source->around_pages, run.count - sent.zero_pages);
     return code;
 }
 
@@ -316,7 +337,7 @@ static int answer_requests(struct demand *demand, struct qpc_error *error)
     struct qpc_frame request;
     const uint8_t *payload;
     int code;
-    while (!(code = qpc_lane_next(&demand->lane, &request, &payload, error))) {
+    while (!(code = qpc_lane_next(demand->lane, &request, &payload, error))) {
         if (request.type != QPC_FRAME_REQUEST)
             return qpc_fail(error, QPC_PROTOCOL, 0, "frame: REQUEST expected", request.type, 0);
         set_waiting(demand->source, 1);
@@ -331,9 +352,10 @@ static int answer_requests(struct demand *demand, struct qpc_error *error)
 
 int qpc_source_run_demand(struct qpc_source *source, int lane_fd, struct qpc_error *error)
 {
-    struct demand demand = {.source = source};
-    int code = qpc_lane_init(&demand.lane, lane_fd, source->stop_fd, source->block_pages,
-                             source->block_count, error);
+    struct demand demand = {.source = source, .lane = &source->demand};
+    int code = open_demand(source, lane_fd, error);
+    if (!code) /* what faults bring along must not queue before the next fault's page */
+        qpc_lane_limit_unsent(demand.lane, UNSENT_BYTES);
     demand.buffer = malloc(QPC_FRAME_PAGES_MAX * PAGE);
     if (!code && !demand.buffer)
         code = qpc_fail(error, QPC_NO_MEMORY, ENOMEM, "page buffer", 0, 0);
@@ -345,11 +367,10 @@ int qpc_source_run_demand(struct qpc_source *source, int lane_fd, struct qpc_err
             code = send_some_around(&demand, error);
         } else {
             set_waiting(source, 0);
-            code = qpc_lane_wait(&demand.lane, -1, error);
+            code = qpc_lane_wait(demand.lane, -1, error);
         }
     }
     set_waiting(source, 0);
     free(demand.buffer);
-    qpc_lane_deinit(&demand.lane);
     return code;
 }

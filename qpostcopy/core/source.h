@@ -83,6 +83,8 @@ struct qpc_source {
     _Atomic uint64_t wire_bytes;
     _Atomic bool push_done;
 
+    struct qpc_lane demand; /* open from receive_have to reset */
+
     pthread_mutex_t lock; /* all below */
     pthread_cond_t changed; /* scanned, demand_waiting, stopping */
     struct qpc_extent *extents;
@@ -92,16 +94,22 @@ struct qpc_source {
     bool here; /* go on from here_block, here_page to the end of RAM, then as scheduled */
     uint32_t here_block;
     uint64_t here_page;
+    _Atomic uint64_t jump; /* where the last fault says to go on: block << 48 | page + 1; 0: none */
     uint64_t push_bytes_per_second;
     int64_t push_due_us; /* pacing: no earlier than this */
 };
 
 /* For push.c and tests. */
 
+struct qpc_sent {
+    uint64_t zero_pages; /* of the pages sent */
+    uint64_t bytes;      /* on the wire */
+};
+
 /* Read pages and send them as runs of DATA and ZERO frames. `buffer` has room for
- * QPC_FRAME_PAGES_MAX pages. The number of zero pages among them goes to *zero. */
+ * QPC_FRAME_PAGES_MAX pages. */
 int qpc_source_send(struct qpc_source *source, struct qpc_lane *lane, uint32_t block,
-                    uint64_t first, uint64_t count, uint8_t *buffer, uint64_t *zero,
+                    uint64_t first, uint64_t count, uint8_t *buffer, struct qpc_sent *sent,
                     struct qpc_error *error);
 bool qpc_page_is_zero(const uint8_t *page);
 

@@ -38,8 +38,7 @@ static enum qpc_result classify(int failed, int64_t progress, uint64_t length, u
     case EEXIST:
         return QPC_ALREADY;
     case ESRCH:
-    case ENOENT:
-        return QPC_RANGE_GONE;
+        return QPC_SPACE_GONE;
     default:
         return QPC_FAILED;
     }

@@ -25,8 +25,8 @@ enum qpc_result {
     QPC_ALREADY,    /* EEXIST on the first page: it is there; wake it all the same */
     QPC_PARTIAL,    /* the first `done` bytes were placed; call again for the rest */
     QPC_RETRY,      /* nothing done, mm changing: an event is pending, drain it first */
-    QPC_RANGE_GONE, /* the address space or the range is no more */
-    QPC_FAILED      /* errno says why */
+    QPC_SPACE_GONE, /* ESRCH: the address space is no more */
+    QPC_FAILED      /* errno says why; ENOENT: not one registered mapping (any more) */
 };
 
 /* Copy `length` bytes from `source` to `hva` without waking anybody. `done_bytes`

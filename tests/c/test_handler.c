@@ -74,14 +74,25 @@ static void a_stray_page_is_fatal_before_the_commit_only(void)
 static void errors_are_told_apart(void)
 {
     const int given[] = {ESRCH, ENOENT, ENOMEM, EFAULT, EINVAL};
-    const int expected[] = {QPC_GONE, QPC_GONE, QPC_SYSTEM, QPC_SYSTEM, QPC_SYSTEM};
+    const int expected[] = {QPC_GONE, QPC_SYSTEM, QPC_SYSTEM, QPC_SYSTEM, QPC_SYSTEM};
     for (int i = 0; i < 5; i++) {
         struct qpc_handler *handler = fresh();
+        fake_plan(given[i]);
         fake_plan(given[i]);
         CHECK(push(handler, 0, 4) == expected[i]);
         CHECK(error.error_number == given[i]);
         qpc_handler_destroy(handler);
     }
+}
+
+static void a_run_across_a_split_mapping_goes_page_by_page(void)
+{
+    struct qpc_handler *handler = fresh();
+    fake_plan(ENOENT); /* the kernel's answer to a run that no single VMA covers */
+    CHECK(!push(handler, 0, 40));
+    check_placed(handler, 0, 40);
+    CHECK(handler->shared->push_pages == 40);
+    qpc_handler_destroy(handler);
 }
 
 static void a_failed_claim_is_free_in_the_next_session(void)
@@ -205,6 +216,7 @@ int main(void)
     RUN(a_second_copy_is_dropped_and_counted);
     RUN(a_stray_page_is_fatal_before_the_commit_only);
     RUN(errors_are_told_apart);
+    RUN(a_run_across_a_split_mapping_goes_page_by_page);
     RUN(a_failed_claim_is_free_in_the_next_session);
     RUN(zero_pages_are_known_and_not_placed);
     RUN(done_is_told_once_all_is_known);

@@ -6,14 +6,17 @@ moved while the victim touches pages; what it reads must be what the source had.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import random
 import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -326,3 +329,35 @@ def test_a_dead_target_is_told_as_such(tmp_path: Path) -> None:
             thread.join(10)
         session.close()
         assert any(isinstance(end, TargetGoneError) for end in session.ends), session.ends
+
+
+def test_what_faults_bring_along_does_not_fill_the_demand_lane() -> None:
+    """The next fault's page must not wait behind megabytes of neighbours of earlier ones."""
+    unsent_ioctl = 0x894B  # SIOCOUTQNSD: bytes that TCP has not sent yet
+    pages = 8192
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        source_fd = os.memfd_create("source")
+        for offset in range(0, pages * PAGE_BYTES, 1 << 20):
+            os.pwrite(source_fd, random.Random(offset).randbytes(1 << 20), offset)
+        block = RamBlock("ram", pages * PAGE_BYTES)
+        server = SourceCore([source_fd], [block], push_from_fault=False, push_bytes_per_second=None)
+        server.set_schedule([])
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+        push = socket.socketpair()
+        with ours, theirs, push[0], push[1]:
+            assert server.run_push(push[1].fileno(), 0) is LaneEnd.DONE  # now it knows the holes
+            loop = threading.Thread(target=server.run_demand, args=(theirs.fileno(),))
+            loop.start()
+            for first in range(0, pages, 64):  # REQUEST of 64 pages, none of the answers is read
+                ours.sendall(struct.pack("<BBHIQQ", 1, 0, 0, 0, first, 64))
+            most = 0
+            for _ in range(100):
+                time.sleep(0.005)
+                answer = fcntl.ioctl(theirs, unsent_ioctl, struct.pack("i", 0))
+                most = max(most, struct.unpack("i", answer)[0])
+            server.stop()
+            loop.join()
+        server.close()
+        os.close(source_fd)
+        assert 0 < most < 512 * 1024
