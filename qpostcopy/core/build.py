@@ -21,6 +21,7 @@ SOURCES = (
     "uffd.c",
     "lane.c",
     "handler.c",
+    "session.c",
     "fault.c",
     "source.c",
     "push.c",

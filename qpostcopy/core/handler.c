@@ -8,7 +8,6 @@
 #include <unistd.h>
 
 #define PAGE QPC_PAGE_BYTES
-#define HAVE_BATCH 1024 /* frames a write */
 #define RETRY_US 2000000 /* how long an mm may be `changing` before we call it stuck */
 
 /* --- creation ------------------------------------------------------------------------------ */
@@ -148,19 +147,17 @@ void qpc_handler_destroy(struct qpc_handler *handler)
 
 /* --- counting ------------------------------------------------------------------------------ */
 
-static void finish(struct qpc_handler *handler)
+void qpc_handler_count_down(struct qpc_handler *handler, uint64_t newly)
 {
-    eventfd_write(handler->done_fd, 1);
+    if (newly && atomic_fetch_sub(&handler->remaining_pages, newly) == newly)
+        eventfd_write(handler->done_fd, 1);
 }
 
 /* Pages are counted once, by the first thing that makes them known. */
 static void count_known(struct qpc_handler *handler, uint64_t newly, _Atomic uint64_t *counter)
 {
-    if (!newly)
-        return;
     atomic_fetch_add(counter, newly);
-    if (atomic_fetch_sub(&handler->remaining_pages, newly) == newly)
-        finish(handler);
+    qpc_handler_count_down(handler, newly);
 }
 
 static unsigned bucket_of(uint64_t us)
@@ -485,129 +482,4 @@ int qpc_handler_place_again(struct qpc_handler *handler, uint32_t index, uint64_
         break; /* EEXIST: it is there. EAGAIN: the wake makes the thread fault again. */
     }
     return qpc_handler_wake(handler, index, page, 1, error);
-}
-
-/* --- taking over --------------------------------------------------------------------------- */
-
-/* Make known what `bits` says; how many pages were not known before. */
-static uint64_t know_all_of(struct qpc_block *block, const struct qpc_bits *bits)
-{
-    uint64_t newly = 0, page = 0, stop;
-    for (; (page = qpc_bits_next(bits, page, block->pages, true)) < block->pages; page = stop) {
-        stop = qpc_bits_next(bits, page, block->pages, false);
-        newly += qpc_bits_set(&block->known, page, stop - page);
-    }
-    return newly;
-}
-
-/* A thread that failed has left claims behind. Only between sessions. */
-static void forget_claims(struct qpc_handler *handler)
-{
-    for (unsigned i = 0; i < handler->block_count; i++)
-        qpc_bits_copy(&handler->blocks[i].claimed, &handler->blocks[i].placed);
-}
-
-int qpc_handler_adopt(struct qpc_handler *handler, const int *ram_fds, struct qpc_error *error)
-{
-    struct qpc_handler_shared *shared = handler->shared;
-    uint64_t newly = 0;
-    for (unsigned i = 0; i < handler->block_count; i++) {
-        struct qpc_block *block = &handler->blocks[i];
-        int code = qpc_bits_set_data(&block->placed, ram_fds[i], error);
-        if (code)
-            return code;
-        newly += know_all_of(block, &block->placed) + know_all_of(block, &block->zero);
-    }
-    forget_claims(handler);
-    /* A kill falls between a page's bit and its counter: those came by push, most likely. */
-    uint64_t counted = shared->hole_pages + shared->zero_pages + shared->push_pages +
-                       shared->demand_pages + shared->around_pages;
-    uint64_t known = handler->total_pages - handler->remaining_pages + newly;
-    if (known > counted)
-        atomic_fetch_add(&shared->push_pages, known - counted);
-    if (newly && atomic_fetch_sub(&handler->remaining_pages, newly) == newly)
-        finish(handler);
-    return QPC_OK;
-}
-
-void qpc_handler_commit(struct qpc_handler *handler) { atomic_store(&handler->committed, true); }
-
-/* --- sessions ------------------------------------------------------------------------------ */
-
-void qpc_handler_stop(struct qpc_handler *handler)
-{
-    atomic_store(&handler->stopping, true); /* for a loop that is too busy to poll */
-    eventfd_write(handler->stop_fd, 1);
-}
-
-void qpc_handler_reset(struct qpc_handler *handler)
-{
-    eventfd_t ignored;
-    eventfd_read(handler->stop_fd, &ignored);
-    atomic_store(&handler->stopping, false);
-    atomic_store(&handler->heard, false);
-    for (unsigned i = 0; i < handler->block_count; i++)
-        qpc_bits_clear_all(&handler->blocks[i].requested);
-    forget_claims(handler);
-    pthread_mutex_lock(&handler->waiters_lock);
-    handler->waiter_count = 0; /* wake_all raises their faults again */
-    pthread_mutex_unlock(&handler->waiters_lock);
-}
-
-int qpc_handler_done_fd(const struct qpc_handler *handler) { return handler->done_fd; }
-
-/* Many frames a write: a fragmented guest has millions of extents. */
-struct batch {
-    struct qpc_lane lane;
-    uint8_t *bytes; /* HAVE_BATCH frames */
-    size_t count;
-};
-
-static int flush(struct batch *batch, struct qpc_error *error)
-{
-    struct iovec part = {batch->bytes, batch->count * QPC_FRAME_BYTES};
-    batch->count = 0;
-    return part.iov_len ? qpc_lane_write(&batch->lane, &part, 1, error) : QPC_OK;
-}
-
-static int add(struct batch *batch, struct qpc_frame frame, struct qpc_error *error)
-{
-    qpc_frame_encode(&frame, batch->bytes + batch->count++ * QPC_FRAME_BYTES);
-    return batch->count == HAVE_BATCH ? flush(batch, error) : QPC_OK;
-}
-
-static int add_known(struct batch *batch, uint16_t index, const struct qpc_bits *known,
-                     struct qpc_error *error)
-{
-    uint64_t page = 0, stop;
-    int code = QPC_OK;
-    while (!code && (page = qpc_bits_next(known, page, known->pages, true)) < known->pages) {
-        stop = qpc_bits_next(known, page, known->pages, false);
-        code = add(batch,
-                   (struct qpc_frame){.type = QPC_FRAME_HAVE,
-                                      .block = index,
-                                      .first_page = page,
-                                      .page_count = stop - page},
-                   error);
-        page = stop;
-    }
-    return code;
-}
-
-int qpc_handler_send_have(struct qpc_handler *handler, int lane_fd, struct qpc_error *error)
-{
-    struct batch batch = {.bytes = malloc((size_t)HAVE_BATCH * QPC_FRAME_BYTES)};
-    int code = qpc_lane_init(&batch.lane, lane_fd, handler->stop_fd, handler->block_pages,
-                             handler->block_count, error);
-    if (!code && !batch.bytes)
-        code = qpc_fail(error, QPC_NO_MEMORY, ENOMEM, "HAVE frames", 0, 0);
-    for (unsigned i = 0; i < handler->block_count && !code; i++)
-        code = add_known(&batch, (uint16_t)i, &handler->blocks[i].known, error);
-    if (!code)
-        code = add(&batch, (struct qpc_frame){.type = QPC_FRAME_START}, error);
-    if (!code)
-        code = flush(&batch, error);
-    free(batch.bytes);
-    qpc_lane_deinit(&batch.lane);
-    return code;
 }

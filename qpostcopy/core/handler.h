@@ -1,6 +1,7 @@
 /* The userfault handler: one guest's RAM at the destination.
  *
- *   handler.c  the object, placing pages, counting them, taking over
+ *   handler.c  the object, placing pages, counting them
+ *   session.c  taking over from a dead handler, and from one session to the next
  *   fault.c    the two blocking loops: faults + demand lane, and push lanes
  *
  * One thread runs the fault loop and one more each push lane; the page maps
@@ -124,7 +125,10 @@ struct qpc_handler {
     size_t waiter_count, waiter_room;
 };
 
-/* For fault.c and tests. */
+/* For fault.c, session.c and tests. */
+
+/* So many more pages are known; tells when they were the last. */
+void qpc_handler_count_down(struct qpc_handler *handler, uint64_t newly);
 
 /* Place pages from `source`; NULL: zero pages. Pages that another thread has, or
  * had, are dropped as duplicates. Wakes whoever waits for what it placed. */
