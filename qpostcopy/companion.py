@@ -193,14 +193,18 @@ class Companion:
         if self._pidfd is not None and not self._qemu_gone.is_set():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        try:
-            async with asyncio.timeout(_KILL_SECONDS):
-                await self._qemu_gone.wait()
-        except TimeoutError as error:
+        if not await self.await_gone(_KILL_SECONDS):
             raise QemuWillNotEndError(
                 f"QEMU (pid {self.pid}) is still there {_KILL_SECONDS:g} s after SIGKILL",
                 remedy="it hangs in the kernel (storage?); do not run its guest elsewhere",
-            ) from error
+            )
+
+    async def await_gone(self, timeout_seconds: float) -> bool:
+        """Whether QEMU has ended, or does within that time; its pidfd tells."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                await self._qemu_gone.wait()
+        return self.qemu_gone
 
     async def await_monitor(self) -> None:
         """Before what cannot do without it; a monitor that is late gets its chance."""
@@ -222,10 +226,7 @@ class Companion:
 
     async def _report_monitor_lost(self, reason: str) -> None:
         """Nothing false: the monitor of a QEMU that is ending is not lost."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_EXIT_SECONDS):
-                await self._qemu_gone.wait()
-        if not self._qemu_gone.is_set():
+        if not await self.await_gone(_EXIT_SECONDS):
             self.endpoint.emit(schema.MonitorLost(reason=reason))
 
     def _on_qemu_gone(self) -> None:

@@ -2,32 +2,36 @@
 
 The core's loops block in C; each runs in a thread here, and its end is reported
 to the event loop once. Guarantees: who starts a thread joins it; sockets are
-closed only after the threads that use them have ended.
+closed, and a core destroyed, only after the threads that use them have ended.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 from qpostcopy.core import (
     CoreError,
-    CoreSystemError,
+    LaneBrokenError,
     LaneClosedError,
     LaneEnd,
     LaneProtocolError,
     LaneTimeoutError,
-    TargetGoneError,
 )
 from qpostcopy.errors import QpostcopyError
 
 log = logging.getLogger(__name__)
 
 Outcome = LaneEnd | Exception
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class LaneSetupError(QpostcopyError):
@@ -77,17 +81,34 @@ class LaneThreads:
         self._loop.call_soon_threadsafe(self._on_end, name, outcome)
 
 
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As asyncio.to_thread, but whoever is cancelled waits for the thread before it goes.
+
+    For calls into a core: nothing that they use may be destroyed while they run. The core
+    must be asked to stop, or the call have a deadline.
+    """
+    call = partial(function, *args, **kwargs)
+    work = asyncio.get_running_loop().run_in_executor(None, call)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        if error := work.exception():
+            log.info("a call that nobody waits for any more: %s", error)
+        raise
+
+
 def is_lane_trouble(outcome: Outcome) -> bool:
     """Whether new lanes can mend it."""
-    if isinstance(outcome, CoreSystemError):
-        return "lane" in outcome.operation  # recv, sendmsg, poll on a lane: the network's errno
-    lane_errors = (LaneClosedError, LaneProtocolError, LaneTimeoutError)
+    lane_errors = (LaneBrokenError, LaneClosedError, LaneProtocolError, LaneTimeoutError)
     return outcome is LaneEnd.CLOSED or isinstance(outcome, lane_errors)
 
 
 def is_harmless(outcome: Outcome) -> bool:
-    """Stopped or done; and QEMU's own end is reported by who watches QEMU."""
-    return outcome in (LaneEnd.STOPPED, LaneEnd.DONE) or isinstance(outcome, TargetGoneError)
+    """Stopped or done: as it should be."""
+    return outcome in (LaneEnd.STOPPED, LaneEnd.DONE)
 
 
 def reason_of(outcome: Outcome) -> str:

@@ -2,9 +2,10 @@
 
 It reads the stopped guest's RAM through the files under it, never through a
 mapping, and sends it over lanes: asked-for pages first, the rest in the order of
-the profile. Guarantees: nothing of the source is changed; nothing is served
-while the source runs; it keeps the RAM files open, so that pages can still be
-had if the source QEMU dies after the commit.
+the profile. Guarantees: nothing of the source is changed; serving does not begin
+while the source runs (whether it is stopped is asked at `qpc-serve`, once: that it
+stays so is up to the controller, which never `cont`s it); it keeps the RAM files
+open, so that pages can still be had if the source QEMU dies after the commit.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qpostcopy.lanes import (
     Lanes,
     LaneThreads,
     Outcome,
+    in_thread,
     is_harmless,
     is_lane_trouble,
     reason_of,
@@ -95,7 +97,7 @@ class PageServer(Companion):
             ram = await self._open_ram()
             extents = await asyncio.to_thread(compile_schedule, profile, ram.blocks)
             core = self._core_of(profile, arguments.push_bytes_per_second, ram)
-            await asyncio.to_thread(core.set_schedule, extents)
+            await in_thread(core.set_schedule, extents)
         return schema.Prepared(extents=len(extents))
 
     async def qpc_connect(self, arguments: schema.Connect) -> schema.Empty:
@@ -127,7 +129,7 @@ class PageServer(Companion):
             await self._expect_stopped()
             session.serving = True
             demand = session.lanes.demand.fileno()
-            await asyncio.to_thread(core.receive_have, demand, HAVE_MS)
+            await in_thread(core.receive_have, demand, HAVE_MS)
             self._start_loops(core, session)
         return schema.Empty()
 
@@ -201,7 +203,7 @@ class PageServer(Companion):
             await session.threads.join()
             session.lanes.close()
         if self._core is not None:
-            await asyncio.to_thread(self._core.reset)
+            await in_thread(self._core.reset)
 
     def _on_loop_end(self, name: str, outcome: Outcome) -> None:
         """In the event loop: one of the core's loops has ended."""

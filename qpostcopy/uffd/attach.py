@@ -11,10 +11,12 @@ recycled pid is never touched (start time and pidfd are both checked); no
 descriptor but a userfaultfd is ever taken or closed; the helper is not killed,
 not even when it is late: its death could leave QEMU with borrowed registers.
 
-The order that survives a crash at any point: write down `find_userfaultfds`
-(before), `obtain`, write down `fd_in_target` (after), then UFFDIO_API. A crash
-in between leaves an *orphan*: not in the list from before, and never
-initialised. `find_orphans` names it, `close_in_target` ends it.
+The order that survives a crash at any point (registration.py keeps to it): write
+down `find_userfaultfds`, `obtain`, write down `fd_in_target`, then UFFDIO_API. A
+crash before the second note leaves an *orphan*: not in the list of the first,
+and never initialised, which tells it from one that QEMU opened itself since.
+`find_orphans` names it. After the second note the number is known. Either is
+ended by `close_in_target`.
 
 `obtain` serves a QEMU that may create userfaultfds itself (root, or sysctl
 vm.unprivileged_userfaultfd=1). For any other, /dev/userfaultfd is to be lent
@@ -156,7 +158,7 @@ def is_initialized(pid: int, fd_in_target: int) -> bool:
 
 
 def find_orphans(pid: int, before: tuple[int, ...]) -> tuple[int, ...]:
-    """Userfaultfds that a crash left between injection and UFFDIO_API.
+    """Userfaultfds that a crash left between injection and the note of their number.
 
     :param before: what `find_userfaultfds` said just before that injection.
     """

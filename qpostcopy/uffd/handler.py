@@ -5,9 +5,11 @@
       +--------- qpc-detach -------------+---- qpc-listen (a new session) ----+
 
 Guarantees: a file of the source is never punched; a failed attach leaves nothing
-behind; `qpc-detach` is refused while it would turn missing pages of a committed
-guest into zeroes; the handler's own death costs nothing, for QEMU keeps the
-userfaultfd open and `handler.json` and the page maps tell the next one all.
+behind, or says what, and `qpc-detach` can be tried again; `qpc-detach` is refused
+while it would turn missing pages of a committed guest into zeroes; a fault that
+needs no page server is answered while the lanes are down; the handler's own death
+costs nothing, for QEMU keeps the userfaultfd open and `handler.json` and the page
+maps tell the next one all.
 This process maps nothing that can fault, so no Python thread ever waits for a
 page.
 """
@@ -21,12 +23,20 @@ from functools import partial
 
 from qpostcopy import inspect, regions
 from qpostcopy.companion import Companion, Options, WrongStateError
-from qpostcopy.core import PAGE_BYTES, HandlerCore, HandlerCounters, Hello, LaneKind
-from qpostcopy.errors import QpostcopyError
+from qpostcopy.core import (
+    PAGE_BYTES,
+    CoreError,
+    HandlerCore,
+    HandlerCounters,
+    Hello,
+    LaneKind,
+    TargetGoneError,
+)
 from qpostcopy.lanes import (
     Lanes,
     LaneThreads,
     Outcome,
+    in_thread,
     is_harmless,
     is_lane_trouble,
     reason_of,
@@ -42,6 +52,10 @@ log = logging.getLogger(__name__)
 #: How long the lanes of a session may take to come in, counted from `qpc-serve`.
 LANES_SECONDS = 4.0
 _STATUS_SECONDS = 5.0
+#: From the end of QEMU's address space to that of its process: freeing a big guest takes time.
+GONE_SECONDS = 10.0
+#: The loop that answers faults, and the one that does so while there are no lanes.
+_DEMAND, _LOCAL = "demand", "local"
 #: Run states of a QEMU that waits for a migration: its RAM holds nothing yet.
 _WAITING = frozenset({"inmigrate"})
 
@@ -69,9 +83,14 @@ class Attachment:
     core: HandlerCore
     fresh: bool = True
     committed: bool = False
-    placed_reported: bool = False
+    leaving: bool = False
     sessions: int = 0
     session: Session | None = field(default=None)
+
+    @property
+    def was_served(self) -> bool:
+        """Whether somebody read faults before, which may have stayed without an answer."""
+        return self.sessions > 0 or not self.fresh
 
 
 class Handler(Companion):
@@ -111,18 +130,14 @@ class Handler(Companion):
                 )
             others = await asyncio.to_thread(inspect.find_other_mappers, self.pid, blocks)
             names = [f"{other.command} ({other.pid})" for other in others]
-            taken = await asyncio.to_thread(
-                ram.take, self.pid, blocks, self.options.state_dir, names
-            )
+            taken = await in_thread(ram.take, self.pid, blocks, self.options.state_dir, names)
             return await self._begin(taken, arguments.ahead_bytes, arguments.behind_bytes, True)
 
     async def qpc_adopt(self, arguments: schema.Adopt) -> schema.Attached:
         """See schema.Adopt. Works though QEMU's monitor hangs."""
         async with self._changing:
             self._expect_idle("qpc-adopt")
-            taken = await asyncio.to_thread(
-                ram.adopt, self.pid, arguments.uffd_fd, self.options.state_dir
-            )
+            taken = await in_thread(ram.adopt, self.pid, arguments.uffd_fd, self.options.state_dir)
             return await self._begin(taken, arguments.ahead_bytes, arguments.behind_bytes, False)
 
     async def _begin(
@@ -130,12 +145,12 @@ class Handler(Companion):
     ) -> schema.Attached:
         """Make the core, and be attached. What cannot be begun is given back, if it is new."""
         try:
-            core = await asyncio.to_thread(
+            core = await in_thread(
                 self._make_core, taken, ahead_bytes // PAGE_BYTES, behind_bytes // PAGE_BYTES, fresh
             )
-        except QpostcopyError:
+        except Exception as error:
             if fresh:
-                await asyncio.to_thread(ram.give_back, taken, self.options.state_dir)
+                await in_thread(ram.undo, taken, self.options.state_dir, error)
             else:
                 ram.let_go(taken)
             raise
@@ -163,7 +178,7 @@ class Handler(Companion):
         try:
             if not fresh:
                 ram.tell_what_is_there(taken, core)
-        except QpostcopyError:
+        except Exception:
             core.close()
             raise
         return core
@@ -176,6 +191,7 @@ class Handler(Companion):
         """See schema.Detach. Idempotent: nothing attached, nothing to do.
 
         :raise MissingPagesError: the guest still needs pages that are not here.
+        :raise AttachError, LeftInQemuError: QEMU did not close its copy; call it again.
         """
         attachment = self._attachment
         if attachment is not None:
@@ -184,15 +200,14 @@ class Handler(Companion):
         async with self._changing:
             if self._attachment is None:
                 if not self._is_committed():
-                    await asyncio.to_thread(ram.close_leftovers, self.pid, self.options.state_dir)
+                    await in_thread(ram.close_leftovers, self.pid, self.options.state_dir)
                 return schema.Empty()
             attachment = self._attachment
             await self._end_session(attachment)
             self._refuse_loss(attachment)
-            asyncio.get_running_loop().remove_reader(attachment.core.done_fd)
-            self._attachment = None
-            await asyncio.to_thread(ram.give_back, attachment.registration, self.options.state_dir)
-            attachment.core.close()
+            attachment.leaving = True
+            await in_thread(ram.give_back, attachment.registration, self.options.state_dir)
+            self._close_core(attachment)
             log.info("detached")
         return schema.Empty()
 
@@ -218,6 +233,9 @@ class Handler(Companion):
             port = await listener.open(arguments.host, arguments.port)
             session = Session(listener, LaneThreads(self._on_loop_end))
             attachment.session = session
+            if attachment.was_served:  # until the page server comes, which may take its time
+                self._start_local(attachment, session)
+                await in_thread(attachment.core.wake_all)
             return schema.Listening(port=port)
 
     async def qpc_serve(self, _: schema.Serve) -> schema.Empty:
@@ -230,10 +248,16 @@ class Handler(Companion):
         async with self._changing:
             if attachment is not self._attachment or attachment.session is not session:
                 raise WrongStateError("qpc-serve: this session of lanes was ended meanwhile")
-            await asyncio.to_thread(attachment.core.send_have, lanes.demand.fileno())
+            await self._stop_loops(attachment.core, session)
+            try:
+                await in_thread(attachment.core.send_have, lanes.demand.fileno())
+            except CoreError:
+                if attachment.was_served:
+                    self._start_local(attachment, session)
+                raise
             self._start_loops(attachment, session.threads, lanes)
-            if attachment.sessions or not attachment.fresh:
-                await asyncio.to_thread(attachment.core.wake_all)
+            if attachment.was_served:
+                await in_thread(attachment.core.wake_all)
             attachment.sessions += 1
         return schema.Empty()
 
@@ -243,22 +267,32 @@ class Handler(Companion):
     @staticmethod
     def _start_loops(attachment: Attachment, threads: LaneThreads, lanes: Lanes) -> None:
         core = attachment.core
-        threads.start("demand", partial(core.run_demand, lanes.demand.fileno()))
+        threads.start(_DEMAND, partial(core.run_demand, lanes.demand.fileno()))
         for index, sock in enumerate(lanes.push):
             threads.start(f"push {index}", partial(core.run_push, sock.fileno()))
 
     @staticmethod
-    async def _end_session(attachment: Attachment) -> None:
-        """Stop the loops, join them, close the lanes; the core is ready for the next ones."""
+    def _start_local(attachment: Attachment, session: Session) -> None:
+        session.threads.start(_LOCAL, attachment.core.run_local)
+
+    @staticmethod
+    async def _stop_loops(core: HandlerCore, session: Session | None) -> None:
+        """Stop and join them; the core is ready for others."""
+        core.stop()
+        if session is not None:
+            await session.threads.join()
+        await in_thread(core.reset)
+
+    async def _end_session(self, attachment: Attachment) -> None:
+        """Stop the loops, close the lanes; the core is ready for the next ones."""
         session, attachment.session = attachment.session, None
         attachment.core.stop()
         if session is not None:
             session.reported = True
             await session.listener.close()
-            await session.threads.join()
-            if session.lanes is not None:
-                session.lanes.close()
-        await asyncio.to_thread(attachment.core.reset)
+        await self._stop_loops(attachment.core, session)
+        if session is not None and session.lanes is not None:
+            session.lanes.close()
 
     # --- what happens by itself ---------------------------------------------------------------
 
@@ -267,14 +301,32 @@ class Handler(Companion):
         attachment = self._attachment
         session = attachment.session if attachment is not None else None
         if attachment is None or session is None or is_harmless(outcome):
-            log.info("%s lane ended: %s", name, outcome)
+            log.info("%s loop ended: %s", name, outcome)
             return
-        log.warning("%s lane ended: %s", name, reason_of(outcome))
-        if not is_lane_trouble(outcome):
-            self.endpoint.emit(schema.Fatal(reason=f"{name} lane: {reason_of(outcome)}"))
-        elif not session.reported and attachment.core.stats().remaining_pages:
+        log.warning("%s loop ended: %s", name, reason_of(outcome))
+        if isinstance(outcome, TargetGoneError):
+            self.spawn(asyncio.create_task(self._judge_gone(name, outcome)))
+        elif name == _LOCAL or not is_lane_trouble(outcome):
+            self._report_fatal(name, outcome)
+        else:
+            self._on_lane_lost(attachment, session, name, reason_of(outcome))
+
+    def _on_lane_lost(
+        self, attachment: Attachment, session: Session, name: str, reason: str
+    ) -> None:
+        if name == _DEMAND:
+            self._start_local(attachment, session)
+        if not session.reported and attachment.core.stats().remaining_pages:
             session.reported = True
-            self.endpoint.emit(schema.LaneLost(lane=name, reason=reason_of(outcome)))
+            self.endpoint.emit(schema.LaneLost(lane=name, reason=reason))
+
+    async def _judge_gone(self, name: str, error: TargetGoneError) -> None:
+        """The core met no address space: harmless if QEMU has ended, which is told elsewhere."""
+        if not await self.await_gone(GONE_SECONDS):
+            self._report_fatal(name, error)
+
+    def _report_fatal(self, name: str, outcome: Outcome) -> None:
+        self.endpoint.emit(schema.Fatal(reason=f"{name} loop: {reason_of(outcome)}"))
 
     def _on_done(self) -> None:
         attachment = self._attachment
@@ -297,6 +349,11 @@ class Handler(Companion):
     def _attached(self, command: str) -> Attachment:
         if self._attachment is None:
             raise WrongStateError(f"{command}: this handler is not attached to its QEMU")
+        if self._attachment.leaving:
+            raise WrongStateError(
+                f"{command}: a qpc-detach failed half way, and no range may be registered any more",
+                remedy="only qpc-detach can be sent, until it succeeds",
+            )
         return self._attachment
 
     def _expect_idle(self, command: str) -> None:
@@ -321,10 +378,13 @@ class Handler(Companion):
         attachment.core.stop()
         async with self._changing:
             await self._end_session(attachment)
-            asyncio.get_running_loop().remove_reader(attachment.core.done_fd)
-            self._attachment = None
-            attachment.core.close()
+            self._close_core(attachment)
             ram.let_go(attachment.registration)
+
+    def _close_core(self, attachment: Attachment) -> None:
+        asyncio.get_running_loop().remove_reader(attachment.core.done_fd)
+        self._attachment = None
+        attachment.core.close()
 
 
 def _stats_of(counted: HandlerCounters) -> schema.HandlerStats:

@@ -109,18 +109,29 @@ def explain(error: CoreError, pid: int) -> AttachError:
         )
     if not isinstance(error, RefusedByCoreError):
         return AttachError(f"{said}: {error}")
-    if "traced" in error.operation:
-        tracer = error.address
+    # inject.c gives the tracer as the address, and the kernel's no as the errno.
+    if tracer := error.address:
         remedy = f"end the debugger or tracer (pid {tracer}) that is attached to it"
         return AttachRefusedError(f"{said} ({tracer}: {command_of(tracer)})", remedy=remedy)
-    if "stopped" in error.operation:
+    if error.error_number in (errno.EPERM, errno.EACCES):
+        return AttachRefusedError(said, remedy=_PTRACE_REMEDY)
+    if is_stopped(pid):
         remedy = f"somebody sent SIGSTOP: `kill -CONT {pid}` lets it go on"
         return AttachRefusedError(said, remedy=remedy)
-    if "permitted" in error.operation:
-        return AttachRefusedError(said, remedy=_PTRACE_REMEDY)
     machine = platform.machine()
-    remedy = f"only a 64-bit x86 QEMU can be attached to; this machine is {machine}"
+    remedy = (
+        f"only a 64-bit x86 QEMU that nobody stops can be attached to; this machine is {machine}"
+    )
     return AttachRefusedError(said, remedy=remedy)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether it is stopped by a signal now."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
 
 
 def command_of(pid: int) -> str:

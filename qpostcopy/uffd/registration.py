@@ -5,11 +5,16 @@
 In this order no page can slip in unseen: once a range is registered, QEMU's own
 threads wait instead of filling a hole, so what appears after the punch was
 written past QEMU, and the verification finds it. If any step fails, all earlier
-ones are undone and nothing of ours stays in QEMU.
+ones are undone, and nothing of ours stays in QEMU or in the state directory.
 
 `handler.json` in the state directory says what was taken, so that a successor
 can take it over although QEMU's monitor hangs, and so that a userfaultfd that a
-crash left behind is closed. Everything here blocks: call it from a thread.
+crash left behind is closed. It is written before QEMU is touched and is the last
+that goes: as long as something of ours may be in QEMU (stopped or traced, it
+cannot close anything), it is there, and `close_leftovers` can be tried again.
+A userfaultfd of QEMU's own is never closed.
+
+Everything here blocks: call it from a thread.
 """
 
 from __future__ import annotations
@@ -39,12 +44,14 @@ from qpostcopy.process import Process
 from qpostcopy.qmp import schema
 from qpostcopy.state import write_durably
 from qpostcopy.uffd import attach
-from qpostcopy.uffd.attach import AttachError
+from qpostcopy.uffd.attach import AttachError, AttachGoneError, AttachTimeoutError
 
 log = logging.getLogger(__name__)
 
 OBTAIN_SECONDS = 10.0
 RECORD = "handler.json"
+#: What the core keeps beside it (core/handler.py).
+MAP_FILES = ("placed.*", "zero.*", "counters")
 
 
 class UnsafeRamError(RefusedError):
@@ -158,7 +165,8 @@ def take(
     """Obtain, register, punch, verify; all of it, or nothing.
 
     :param others: processes besides QEMU that map the RAM; any is a reason to refuse.
-    :raise RefusedError, CoreError: it did not work, and nothing of ours stayed.
+    :raise RefusedError, CoreError, AttachError: it did not work, and nothing of ours stayed.
+    :raise LeftInQemuError: nor could it be undone; `close_leftovers` can be tried again.
     """
     if others:
         raise UnsafeRamError(
@@ -169,22 +177,38 @@ def take(
     process = Process.of(pid)
     if process is None:
         raise UnsafeRamError(f"the destination QEMU (pid {pid}) has ended")
-    before = attach.find_userfaultfds(pid)
-    record = Record(process=process, userfaults_before=before, uffd_fd=None, blocks=blocks)
-    _write_record(state_dir, record)
-    with contextlib.ExitStack() as undo:
-        undo.callback((state_dir / RECORD).unlink, missing_ok=True)
-        obtained = attach.obtain(pid, OBTAIN_SECONDS, start_ticks=process.start_ticks)
-        undo.callback(os.close, obtained.uffd)
-        undo.callback(_close_in, process, obtained.fd_in_target)
-        _write_record(state_dir, record.model_copy(update={"uffd_fd": obtained.fd_in_target}))
-        registration = Registration(process, obtained.uffd, obtained.fd_in_target, blocks)
+    registration = _obtain(process, blocks, state_dir)
+    try:
         uffd_api(registration.uffd)
         for mapping in registration.mappings:
             uffd_register_missing(registration.uffd, mapping.hva, mapping.length_bytes)
-            undo.callback(uffd_unregister, registration.uffd, mapping.hva, mapping.length_bytes)
         _empty(pid, blocks)
-        undo.pop_all()
+    except Exception as error:
+        undo(registration, state_dir, error)
+        raise
+    return registration
+
+
+def _obtain(
+    process: Process, blocks: tuple[schema.BlockFacts, ...], state_dir: Path
+) -> Registration:
+    """A userfaultfd, on record before and after."""
+    before = attach.find_userfaultfds(process.pid)
+    record = Record(process=process, userfaults_before=before, uffd_fd=None, blocks=blocks)
+    _write_record(state_dir, record)
+    try:
+        obtained = attach.obtain(process.pid, OBTAIN_SECONDS, start_ticks=process.start_ticks)
+    except AttachTimeoutError:
+        raise  # a late helper may still create one: the record stays
+    except Exception:
+        _forget(state_dir)
+        raise
+    registration = Registration(process, obtained.uffd, obtained.fd_in_target, blocks)
+    try:
+        _write_record(state_dir, record.model_copy(update={"uffd_fd": obtained.fd_in_target}))
+    except Exception as error:
+        undo(registration, state_dir, error)
+        raise
     return registration
 
 
@@ -240,19 +264,42 @@ def tell_what_is_there(registration: Registration, core: HandlerCore) -> None:
 def give_back(registration: Registration, state_dir: Path) -> None:
     """Unregister everything, close both ends, verify. A dead QEMU has nothing of ours.
 
-    :raise LeftInQemuError: something stayed.
+    If it raises, our duplicate and the record are still there: call it again.
+
+    :raise CoreError, AttachError, LeftInQemuError: something stayed.
     """
     try:
         for mapping in registration.mappings:
             uffd_unregister(registration.uffd, mapping.hva, mapping.length_bytes)
         _close_in(registration.process, registration.uffd_fd)
     except (CoreError, AttachError, OSError):
-        # The kernel says ENOMEM or ESRCH for an address space that is gone.
+        # The kernel says ENOMEM for an address space that is gone.
         if registration.process.alive():
             raise
         log.info("QEMU is gone, and everything of ours with it")
-    (state_dir / RECORD).unlink(missing_ok=True)
     os.close(registration.uffd)
+    _forget(state_dir)
+
+
+def undo(registration: Registration, state_dir: Path, reason: Exception) -> None:
+    """Give back what was only just taken, as much of it as there is, because of `reason`.
+
+    :raise LeftInQemuError: QEMU kept something; the record stays, for `close_leftovers`.
+    """
+    for mapping in registration.mappings:
+        with contextlib.suppress(CoreError):  # never registered, or an end is near
+            uffd_unregister(registration.uffd, mapping.hva, mapping.length_bytes)
+    os.close(registration.uffd)
+    try:
+        _close_in(registration.process, registration.uffd_fd)
+    except (AttachError, LeftInQemuError, OSError) as error:
+        if registration.process.alive():
+            raise LeftInQemuError(
+                f"{reason}; and our userfaultfd {registration.uffd_fd} stays in the destination "
+                f"QEMU: {error}",
+                remedy=error.remedy if isinstance(error, QpostcopyError) else None,
+            ) from reason
+    _forget(state_dir)
 
 
 def let_go(registration: Registration) -> None:
@@ -263,23 +310,39 @@ def let_go(registration: Registration) -> None:
 def close_leftovers(pid: int, state_dir: Path) -> None:
     """Close what a predecessor of this migration left in QEMU before the commit.
 
-    The record is written before the injection: a userfaultfd that was not there
-    then is ours. Closing the last descriptor unregisters its ranges.
+    Closing the last descriptor unregisters its ranges.
+
+    :raise AttachError, LeftInQemuError: not now; the record stays, call it again.
     """
     record = read_record(state_dir)
     if record is not None and record.process == Process.of(pid):
-        for fd in set(attach.find_userfaultfds(pid)) - set(record.userfaults_before):
+        for fd in _ours_in(record):
             log.warning("closing userfaultfd %d that an earlier handler left in QEMU", fd)
             _close_in(record.process, fd)
-    for pattern in (RECORD, "placed.*", "zero.*", "counters"):
-        for path in state_dir.glob(pattern):
-            path.unlink(missing_ok=True)
+    _forget(state_dir)
+
+
+def _ours_in(record: Record) -> tuple[int, ...]:
+    """Our userfaultfds in QEMU, which may have opened some of its own since the record."""
+    if record.uffd_fd is None:
+        return attach.find_orphans(record.process.pid, record.userfaults_before)
+    there = attach.find_userfaultfds(record.process.pid)
+    return (record.uffd_fd,) if record.uffd_fd in there else ()
 
 
 def _close_in(process: Process, fd: int) -> None:
-    attach.close_in_target(process.pid, fd, start_ticks=process.start_ticks)
+    # Gone: an attempt before this one was late, and closed it after all.
+    with contextlib.suppress(AttachGoneError):
+        attach.close_in_target(process.pid, fd, start_ticks=process.start_ticks)
     if fd in attach.find_userfaultfds(process.pid):
         raise LeftInQemuError(f"userfaultfd {fd} is still open in QEMU {process.pid}")
+
+
+def _forget(state_dir: Path) -> None:
+    """Nothing of ours is in QEMU: nothing is to be known about it. The record goes last."""
+    for pattern in (*MAP_FILES, RECORD):
+        for path in state_dir.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def read_record(state_dir: Path) -> Record | None:

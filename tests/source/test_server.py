@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from qpostcopy.companion import Options
 from qpostcopy.config import Profile
-from qpostcopy.errors import UsageError
+from qpostcopy.core import LoopStoppedError
+from qpostcopy.errors import QpostcopyError, UsageError
+from qpostcopy.lanes import Lanes, LaneThreads
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.client import RemoteError
+from qpostcopy.source.server import PageServer, Session
 from tests.companions import MIB, Pair, assert_same_ram, connected, fill, memfd_backends, vm_pair
 from tests.qmp.support import private_directory
 
@@ -128,6 +135,76 @@ def test_a_handler_that_stays_silent_is_given_up() -> None:
                 with pytest.raises(RemoteError, match="did not finish its hello in time"):
                     await client.call("qpc-connect", arguments, schema.Empty)
             await client.call("qpc-hello", schema.Empty(), schema.Hello)
+
+    with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
+        asyncio.run(body(pair))
+
+
+class FakeCore:
+    """Its calls block until they are told to stop, as those of the C core do."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.begun, self.stopped = threading.Event(), threading.Event()
+
+    def receive_have(self, _fd: int, _deadline_ms: int) -> None:
+        self.begun.set()
+        self.stopped.wait(10)
+        time.sleep(0.05)  # on its way out it still uses the core
+        self.said.append("returned")
+        raise LoopStoppedError("asked to stop", 0, 0, 0)
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def reset(self) -> None:
+        self.said.append("reset")
+
+    def close(self) -> None:
+        self.said.append("closed")
+
+
+def test_a_core_is_not_destroyed_under_a_call(tmp_path: Path) -> None:
+    """A companion that ends cancels commands that are late; their threads cannot be."""
+
+    async def body() -> None:
+        core = FakeCore()
+        options = Options(tmp_path / "qmp", os.getpid(), "m-1", tmp_path, tmp_path / "sock")
+        server = PageServer(options)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            server._core = core  # type: ignore[assignment]
+            server._session = Session(Lanes(ours, ()), LaneThreads(server._on_loop_end))
+            server._qemu_gone.set()  # a source that does not run
+            serving = asyncio.create_task(server.qpc_serve(schema.ServePages()))
+            await asyncio.to_thread(core.begun.wait, 10)
+            serving.cancel()
+            await asyncio.sleep(0)
+            await server.close_service()
+            assert core.said == ["returned", "reset", "closed"]
+            with pytest.raises(asyncio.CancelledError):
+                await serving
+
+    asyncio.run(body())
+
+
+def test_a_page_server_that_waits_for_its_handler_ends_well() -> None:
+    async def body(pair: Pair) -> None:
+        async with asyncio.timeout(SECONDS), connected(pair):
+            await pair.start()
+            await pair.attach()
+            await pair.open_lanes()
+            client = pair.page_server.client
+            profile = Profile(name="in-order").model_dump(mode="json")
+            await client.call("qpc-prepare", schema.Prepare(profile=profile), schema.Prepared)
+            serving = asyncio.create_task(
+                client.call("qpc-serve", schema.ServePages(), schema.Empty)
+            )
+            await asyncio.sleep(0)
+            await pair.page_server.quit()
+            with pytest.raises(QpostcopyError):
+                await serving
+            assert "Traceback" not in pair.page_server.log
 
     with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
         asyncio.run(body(pair))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qpostcopy.core import uffd_api, uffd_register_missing
+from qpostcopy.core import CoreSystemError, uffd_api, uffd_register_missing, uffd_unregister
 from qpostcopy.lab.vm import Backend, Vm, VmSpec
 from qpostcopy.process import Process
 from qpostcopy.qmp.monitor import Monitor
@@ -130,6 +131,21 @@ def test_a_process_that_has_ended() -> None:
         target.process.wait()
         with pytest.raises(attach.AttachGoneError, match="has ended"):
             attach.obtain(target.pid)
+
+
+def test_the_address_space_of_a_process_that_has_ended() -> None:
+    """What the kernel says when a range is to be given back to nobody."""
+    with victim("ppoll") as target:
+        obtained = attach.obtain(target.pid)
+        try:
+            uffd_api(obtained.uffd)
+            target.process.kill()
+            target.process.wait()
+            with pytest.raises(CoreSystemError) as caught:
+                uffd_unregister(obtained.uffd, 0x10000, 0x1000)
+            assert caught.value.error_number == errno.ENOMEM
+        finally:
+            os.close(obtained.uffd)
 
 
 def test_a_late_helper_lives_on_and_leaves_nothing(

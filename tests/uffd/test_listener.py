@@ -9,10 +9,12 @@ import socket
 import pytest
 
 from qpostcopy.core import Hello, HelloError, LaneKind, RamBlock, greet
+from qpostcopy.core.hello import HELLO_HEADER_BYTES
 from qpostcopy.lanes import LaneSetupError
 from qpostcopy.qmp.schema import Connect
 from qpostcopy.source.connect import connect_lanes
-from qpostcopy.uffd.listener import LaneListener
+from qpostcopy.uffd import listener as listener_module
+from qpostcopy.uffd.listener import STRANGERS, LaneListener
 from tests.qmp.support import run
 
 TOKEN = bytes(range(32))
@@ -26,6 +28,15 @@ def hello(
     blocks: tuple[RamBlock, ...] = BLOCKS,
 ) -> Hello:
     return Hello("m-1", token, kind, index, blocks)
+
+
+def offer() -> bytes:
+    """What a page server says, in bytes."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(HelloError):
+            greet(ours, hello(), 0.001)
+        return theirs.recv(1 << 16)
 
 
 async def connect(port: int, push_lanes: int) -> tuple[socket.socket, ...]:
@@ -90,6 +101,70 @@ def test_strangers_are_dropped_and_spoil_nothing(stranger: bytes | Hello, told: 
             lanes = await listener.lanes(5)
             await listener.close()
         for sock in (*theirs, lanes.demand, *lanes.push):
+            sock.close()
+
+    run(body)
+
+
+def strangers(port: int, count: int) -> list[socket.socket]:
+    """They connect, and say nothing."""
+    return [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [8, 70, STRANGERS + 50])
+def test_silent_strangers_do_not_keep_the_page_server_out(count: int) -> None:
+    async def body() -> None:
+        listener = LaneListener(hello(), push_lanes=2)
+        port = await listener.open("127.0.0.1", 0)
+        silent = await asyncio.to_thread(strangers, port, count)
+        theirs = await connect(port, 2)
+        lanes = await listener.lanes(5)
+        assert len(listener._greetings) <= STRANGERS
+        await listener.close()
+        lanes.close()
+        for sock in (*theirs, *silent):
+            sock.close()
+
+    run(body)
+
+
+@pytest.mark.parametrize("said_bytes", [0, HELLO_HEADER_BYTES - 1, HELLO_HEADER_BYTES])
+def test_a_hello_that_stops_half_way_is_given_up(
+    said_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = said_bytes == HELLO_HEADER_BYTES
+    monkeypatch.setattr(listener_module, "HEADER_SECONDS", 60 if heard else 0.05)
+    monkeypatch.setattr(listener_module, "HELLO_SECONDS", 0.05 if heard else 60)
+
+    async def body() -> None:
+        listener = LaneListener(hello(), push_lanes=1)
+        port = await listener.open("127.0.0.1", 0)
+        await knock(port, offer()[:said_bytes])
+        await listener.close()
+
+    run(body)
+
+
+def test_of_too_many_the_silent_are_dropped_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "STRANGERS", 3)
+    words = offer()
+
+    async def body() -> None:
+        listener = LaneListener(hello(), push_lanes=0)
+        port = await listener.open("127.0.0.1", 0)
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(words[:HELLO_HEADER_BYTES])
+            while not listener._speaking:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            silent = await asyncio.to_thread(strangers, port, 6)
+            while len(listener._silent) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            slow.sendall(words[HELLO_HEADER_BYTES:])
+            lanes = await listener.lanes(1)
+            assert lanes.demand.getpeername() == slow.getsockname()
+            await listener.close()
+            lanes.close()
+        for sock in silent:
             sock.close()
 
     run(body)

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qpostcopy.core.calls import lib
+
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "qpostcopy" / "core"
 _WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-O1", "-g"]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
-#: Number of `code` in core/error.h, as the injector prints it.
-OK, TIMEOUT, GONE, REFUSED = 0, 3, 5, 7
+#: `enum qpc_code` of core/error.h, as the injector prints it.
+OK, TIMEOUT, GONE, REFUSED = lib.QPC_OK, lib.QPC_TIMEOUT, lib.QPC_GONE, lib.QPC_REFUSED
 
 STORM = [
     signal.SIGUSR1,
