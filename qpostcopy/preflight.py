@@ -1,6 +1,6 @@
 """Is it safe to begin? Everything that speaks against it, all at once, each with its remedy.
 
-Pure: two SideFacts and a plan in, findings out; nothing is looked up here. Codes
+Pure: two SideFacts in, findings out; nothing is looked up here. Codes
 are stable: scripts and tests rely on them. `judge` gives what refuses, `remark`
 what an operator should know and may ignore.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from qpostcopy.config import Plan
 from qpostcopy.qmp.schema import SideFacts
 from qpostcopy.sidechecks import (
     EACH_SIDE,
@@ -29,47 +28,37 @@ from qpostcopy.sidechecks import (
     warn,
 )
 
-__all__ = ["Finding", "Severity", "codes", "examine", "is_error", "judge", "remark"]
+__all__ = ["Finding", "Severity", "codes", "examine", "examine_side", "is_error", "judge", "remark"]
 
 #: Memory at the destination beyond the guest's own: page maps, buffers, tables.
 _MEMORY_SLACK_BYTES = 64 * MIB
 
 
-def judge(plan: Plan, source: SideFacts, destination: SideFacts) -> list[Finding]:
+def judge(source: SideFacts, destination: SideFacts) -> list[Finding]:
     """What refuses this migration; empty: go ahead."""
-    return [found for found in examine(plan, source, destination) if is_error(found)]
+    return [found for found in examine(source, destination) if is_error(found)]
 
 
-def remark(plan: Plan, source: SideFacts, destination: SideFacts) -> list[Finding]:
+def remark(source: SideFacts, destination: SideFacts) -> list[Finding]:
     """What does not refuse it, and should still be known."""
-    return [found for found in examine(plan, source, destination) if not is_error(found)]
+    return [found for found in examine(source, destination) if not is_error(found)]
 
 
 def is_error(finding: Finding) -> bool:
     return finding.severity is Severity.ERROR
 
 
-def examine(plan: Plan, source: SideFacts, destination: SideFacts) -> list[Finding]:
+def examine(source: SideFacts, destination: SideFacts) -> list[Finding]:
     """Everything that was found, in the order of the checks."""
-    found = [*_plan(plan)]
-    for facts in (source, destination):
-        found += [finding for check in EACH_SIDE for finding in check(facts)]
-    found += [*source_state(source), *destination_state(destination)]
+    found = [*examine_side(source), *examine_side(destination)]
     found += [finding for check in _BOTH for finding in check(source, destination)]
     return found
 
 
-# --- the plan -----------------------------------------------------------------------------
-
-
-def _plan(plan: Plan) -> Findings:
-    if plan.precopy.mode == "required":
-        yield Finding(
-            "precopy-unavailable",
-            "both",
-            "the plan has precopy.mode: required, and this version has no precopy",
-            "write precopy: {mode: never}: the guest is moved by pure post-copy",
-        )
+def examine_side(facts: SideFacts) -> list[Finding]:
+    """What can be said of one side, though the other cannot be reached."""
+    state = source_state if facts.role == "source" else destination_state
+    return [finding for check in (*EACH_SIDE, state) for finding in check(facts)]
 
 
 # --- both together ------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The result of a migration: one object, the same for scripts and for people.
 
-The names are those of the operator's contract and never change; see
-docs/reference or `qpostcopy migrate --json`.
+The names never change; docs/json.md describes them.
 """
 
 from __future__ import annotations

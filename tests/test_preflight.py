@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qpostcopy.config import Plan, load_plan
 from qpostcopy.preflight import Finding, Severity, codes, examine, judge, remark
 from qpostcopy.qmp.schema import BlockFacts, MappingFacts, OtherMapper, SideFacts
 
@@ -73,20 +71,6 @@ DESTINATION = SOURCE.model_copy(
 )
 
 
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    return write_plan(tmp_path_factory.mktemp("plan"), Path("/run/a.qmp"), Path("/run/b.qmp"))
-
-
-def write_plan(directory: Path, source: Path, destination: Path) -> Plan:
-    path = directory / "plan.yaml"
-    path.write_text(
-        f"version: 1\nname: web1\nsource: {{qmp: {source}}}\n"
-        f"destination: {{qmp: {destination}}}\nprofile: sequential\n"
-    )
-    return load_plan(path)
-
-
 def changed(facts: SideFacts, **values: Any) -> SideFacts:
     """`block_X` changes X of every block, `mapping_X` of every mapping, X of the side."""
     blocks = values.pop("blocks", facts.blocks)
@@ -104,8 +88,8 @@ def changed(facts: SideFacts, **values: Any) -> SideFacts:
     return facts.model_copy(update={"blocks": blocks, **values})
 
 
-def test_nothing_speaks_against_good_facts(plan: Plan) -> None:
-    assert examine(plan, SOURCE, DESTINATION) == []
+def test_nothing_speaks_against_good_facts() -> None:
+    assert examine(SOURCE, DESTINATION) == []
 
 
 SECOND = BLOCK.model_copy(update={"name": "ram1", "first_gpa": 256 * MIB, "inode": 6})
@@ -168,13 +152,13 @@ EVERYTHING = (
 
 
 @pytest.mark.parametrize(("side", "values", "code"), EVERYTHING)
-def test_each_thing_that_is_wrong(plan: Plan, side: str, values: dict[str, Any], code: str) -> None:
+def test_each_thing_that_is_wrong(side: str, values: dict[str, Any], code: str) -> None:
     source, destination = SOURCE, DESTINATION
     if side == "source":
         source = changed(source, **values)
     else:
         destination = changed(destination, **values)
-    found = judge(plan, source, destination)
+    found = judge(source, destination)
     # A page size that differs makes the blocks differ too.
     others = {"blocks-differ"} if "block_page_bytes" in values else set()
     assert {one.code for one in found} - others == ({code} if code else set())
@@ -185,63 +169,57 @@ def test_each_thing_that_is_wrong(plan: Plan, side: str, values: dict[str, Any],
         assert "\n" not in one.message + one.remedy
 
 
-def test_a_backend_that_newer_qemu_copies_itself(plan: Plan) -> None:
+def test_a_backend_that_newer_qemu_copies_itself() -> None:
     for version, expected in (
         ("8.0.5", []),
         ("8.1.0", ["backend-not-skipped"]),
         ("10.0.0 (Debian)", ["backend-not-skipped"]),
     ):
         values: dict[str, Any] = {"block_backend": "memory-backend-memfd", "qemu_version": version}
-        found = judge(plan, SOURCE, changed(DESTINATION, **values))
+        found = judge(SOURCE, changed(DESTINATION, **values))
         assert codes(found) == expected, version
 
 
-def test_blocks_that_are_not_on_both_sides(plan: Plan) -> None:
+def test_blocks_that_are_not_on_both_sides() -> None:
     two = SOURCE.model_copy(update={"blocks": (BLOCK, SECOND)})
-    (found,) = judge(plan, two, DESTINATION)
+    (found,) = judge(two, DESTINATION)
     assert found.code == "blocks-differ"
     assert "ram1 is at the source, and not at the destination" in found.message
     more = DESTINATION.model_copy(
         update={"blocks": (*DESTINATION.blocks, SECOND), "tmpfs_available_bytes": None}
     )
-    (found,) = judge(plan, SOURCE, more)
+    (found,) = judge(SOURCE, more)
     assert "ram1 is at the destination, and not at the source" in found.message
 
 
-def test_two_blocks_in_one_file(plan: Plan) -> None:
+def test_two_blocks_in_one_file() -> None:
     twin = SECOND.model_copy(update={"inode": 5})
     destination = DESTINATION.model_copy(
         update={"blocks": (*DESTINATION.blocks, twin), "tmpfs_available_bytes": None}
     )
     source = SOURCE.model_copy(update={"blocks": (BLOCK, SECOND)})
-    found = judge(plan, source, destination)
+    found = judge(source, destination)
     assert codes(found) == ["blocks-share-a-file"] * 2
 
 
-def test_no_memory_backend_at_all(plan: Plan) -> None:
+def test_no_memory_backend_at_all() -> None:
     nothing: dict[str, Any] = {"blocks": ()}
-    found = judge(plan, SOURCE.model_copy(update=nothing), DESTINATION.model_copy(update=nothing))
+    found = judge(SOURCE.model_copy(update=nothing), DESTINATION.model_copy(update=nothing))
     assert codes(found) == ["no-ram-block", "no-ram-block"]
 
 
-def test_swapped_sides_are_suspected(plan: Plan) -> None:
+def test_swapped_sides_are_suspected() -> None:
     source = SOURCE.model_copy(update={"run_status": "inmigrate", "running": False})
     destination = DESTINATION.model_copy(update={"run_status": "running", "running": True})
-    found = judge(plan, source, destination)
+    found = judge(source, destination)
     assert codes(found) == ["source-not-movable", "destination-not-waiting"]
     assert "swap" in found[0].remedy
 
 
 @pytest.mark.parametrize("status", ["running", "paused", "prelaunch"])
-def test_a_paused_source_can_be_moved(plan: Plan, status: str) -> None:
+def test_a_paused_source_can_be_moved(status: str) -> None:
     source = SOURCE.model_copy(update={"run_status": status, "running": status == "running"})
-    assert judge(plan, source, DESTINATION) == []
-
-
-def test_precopy_is_not_here_yet(plan: Plan) -> None:
-    precopy = plan.precopy.model_copy(update={"mode": "required"})
-    (found,) = judge(plan.model_copy(update={"precopy": precopy}), SOURCE, DESTINATION)
-    assert (found.code, found.side) == ("precopy-unavailable", "both")
+    assert judge(source, DESTINATION) == []
 
 
 @pytest.mark.parametrize(
@@ -253,29 +231,29 @@ def test_precopy_is_not_here_yet(plan: Plan) -> None:
     ],
 )
 def test_what_is_said_and_does_not_refuse(
-    plan: Plan, source_values: dict[str, Any], destination_values: dict[str, Any], code: str
+    source_values: dict[str, Any], destination_values: dict[str, Any], code: str
 ) -> None:
     source = changed(SOURCE, **source_values)
     destination = changed(DESTINATION, **destination_values)
-    assert judge(plan, source, destination) == []
-    (found,) = remark(plan, source, destination)
+    assert judge(source, destination) == []
+    (found,) = remark(source, destination)
     assert (found.code, found.severity) == (code, Severity.WARNING)
 
 
-def test_prealloc_needs_no_more_memory(plan: Plan) -> None:
+def test_prealloc_needs_no_more_memory() -> None:
     """What the destination holds already is given back before it is needed."""
     full: dict[str, Any] = {
         "block_allocated_bytes": 256 * MIB,
         "tmpfs_available_bytes": 0,
         "memory_available_bytes": 80 * MIB,
     }
-    assert judge(plan, SOURCE, changed(DESTINATION, **full)) == []
+    assert judge(SOURCE, changed(DESTINATION, **full)) == []
 
 
-def test_all_findings_come_at_once(plan: Plan) -> None:
+def test_all_findings_come_at_once() -> None:
     source = changed(SOURCE, block_share=False, devices=("vfio-pci",))
     destination = changed(DESTINATION, run_status="running", mem_lock=True, machine="pc-i440fx-7.2")
-    assert set(codes(judge(plan, source, destination))) == {
+    assert set(codes(judge(source, destination))) == {
         "ram-not-shared",
         "device-pins-ram",
         "destination-not-waiting",
@@ -284,8 +262,8 @@ def test_all_findings_come_at_once(plan: Plan) -> None:
     }
 
 
-def test_the_case_that_would_destroy_the_guest_says_so(plan: Plan) -> None:
-    (found,) = judge(plan, SOURCE, changed(DESTINATION, block_inode=4))
+def test_the_case_that_would_destroy_the_guest_says_so() -> None:
+    (found,) = judge(SOURCE, changed(DESTINATION, block_inode=4))
     assert isinstance(found, Finding)
     assert "destroy the running guest" in found.message
     assert "/dev/shm" in found.message

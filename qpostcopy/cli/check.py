@@ -3,81 +3,129 @@
 from __future__ import annotations
 
 import asyncio
-import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from qpostcopy.errors import ExitCode, QpostcopyError
+from qpostcopy.errors import ExitCode
 
 if TYPE_CHECKING:
+    from qpostcopy.cli.stream import Message, Stream
     from qpostcopy.config import Plan
     from qpostcopy.config.plan import SidePlan
     from qpostcopy.preflight import Finding
     from qpostcopy.qmp.schema import SideFacts
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was found; the facts of a side that cannot be reached are None."""
+
+    source: SideFacts | None
+    destination: SideFacts | None
+    findings: list[Finding]
+    warnings: list[Finding]
+
+
 @click.command(name="check")
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def command(plan: Path, as_json: bool) -> int:
+@click.option("--json", is_flag=True, expose_value=False, help="One JSON object on stdout.")
+@click.pass_obj
+def command(stream: Stream, plan: Path) -> int:
     """Look whether PLAN could be carried out now, and say what is in the way."""
-    return run_check(plan, None, as_json=as_json, dry_run=False)
+    return run_check(stream, plan, None, dry_run=False)
 
 
-def run_check(path: Path, profile: str | None, *, as_json: bool, dry_run: bool) -> int:
-    """Check, print, and return the exit code."""
+def run_check(stream: Stream, path: Path, profile: str | None, *, dry_run: bool) -> int:
+    """Check, print, and return the exit code.
+
+    :raise UsageError: the plan is wrong, or its profile does not fit this RAM.
+    """
     from qpostcopy.config import load_plan
 
-    try:
-        plan = load_plan(path, profile=profile)
-        source, destination, findings = asyncio.run(_look(plan))
-    except QpostcopyError as error:
-        if as_json:
-            from qpostcopy.cli.viewer import print_error_result
-
-            print_error_result(error)
-        raise
-    if as_json:
-        _print_json(plan, source, destination, findings)
+    plan = load_plan(path, profile=profile)
+    seen = asyncio.run(_look(plan))
+    if stream.on:
+        stream.say("result", _result(plan, seen))
     else:
-        _print_text(plan, source, findings, dry_run=dry_run)
-    return ExitCode.REFUSED if findings else ExitCode.COMPLETED
+        _print(plan, seen, dry_run=dry_run)
+    return ExitCode.REFUSED if seen.findings else ExitCode.COMPLETED
 
 
-async def _look(plan: Plan) -> tuple[SideFacts, SideFacts, list[Finding]]:
-    from qpostcopy.migration import together
-    from qpostcopy.preflight import judge
+async def _look(plan: Plan) -> Seen:
+    from qpostcopy.preflight import examine, examine_side, is_error
 
-    source, destination = await together(
+    looked = await asyncio.gather(
         _facts("source", plan.source), _facts("destination", plan.destination)
     )
-    findings = judge(plan, source, destination)
-    return source, destination, findings
+    source, destination = (facts for facts, _ in looked)
+    found = [finding for _, finding in looked if finding is not None]
+    if source is not None and destination is not None:
+        found = examine(source, destination)
+    else:
+        for facts in (source, destination):
+            found += [] if facts is None else examine_side(facts)
+    errors = [finding for finding in found if is_error(finding)]
+    if source is not None:
+        errors += _misfit(plan, source, errors)
+    warnings = [finding for finding in found if not is_error(finding)]
+    return Seen(source, destination, errors, warnings)
 
 
-async def _facts(role: Literal["source", "destination"], side: SidePlan) -> SideFacts:
+async def _facts(
+    role: Literal["source", "destination"], side: SidePlan
+) -> tuple[SideFacts | None, Finding | None]:
     """The facts of one side, through its monitor, which is given back at once."""
+    from qpostcopy.errors import RefusedError
     from qpostcopy.inspect import gather_facts
+    from qpostcopy.migration import error_code
+    from qpostcopy.preflight import Finding
     from qpostcopy.qmp.monitor import Monitor
 
-    monitor = await Monitor.connect(side.qmp)
+    try:
+        monitor = await Monitor.connect(side.qmp)
+    except RefusedError as error:
+        remedy = error.remedy or "start that QEMU with a -qmp socket for qpostcopy alone"
+        return None, Finding(error_code(error), role, str(error), remedy)
     try:
         pid = monitor.peer_pid if side.pid == "auto" else side.pid
-        return await gather_facts(role, monitor.execute, pid, monitor.version)
+        return await gather_facts(role, monitor.execute, pid, monitor.version), None
     finally:
         await monitor.close()
 
 
-def _print_text(plan: Plan, source: SideFacts, findings: list[Finding], *, dry_run: bool) -> None:
-    for finding in findings:
-        click.echo(f"{finding.side}: {finding.message} [{finding.code}]", err=True)
+def _misfit(plan: Plan, source: SideFacts, errors: Sequence[Finding]) -> list[Finding]:
+    """One more finding if there are others; alone, it is the wrong profile's own error.
+
+    :raise ScheduleError: a step names RAM that this VM does not have.
+    """
+    from qpostcopy.preflight import Finding
+    from qpostcopy.source.schedule import ScheduleError, compile_schedule
+
+    blocks = sorted(source.blocks, key=lambda block: block.first_gpa)
+    try:
+        compile_schedule(plan.profile, blocks)
+    except ScheduleError as error:
+        if not errors:
+            raise
+        remedy = error.remedy or "choose another profile"
+        return [Finding("profile-does-not-fit", "source", str(error), remedy)]
+    return []
+
+
+def _print(plan: Plan, seen: Seen, *, dry_run: bool) -> None:
+    for finding in (*seen.findings, *seen.warnings):
+        kind = "warning: " if finding in seen.warnings else ""
+        click.echo(f"{kind}{finding.side}: {finding.message} [{finding.code}]", err=True)
         click.echo(f"  remedy: {finding.remedy}", err=True)
-    if findings:
-        click.echo(f"{plan.name}: cannot be migrated: {len(findings)} findings")
+    if seen.findings:
+        click.echo(f"{plan.name}: cannot be migrated: {len(seen.findings)} finding(s)")
         return
-    click.echo(f"{plan.name}: ready; {_what(plan, source)}")
+    assert seen.source is not None, "a side that cannot be reached is a finding"
+    click.echo(f"{plan.name}: ready; {_what(plan, seen.source)}")
     if dry_run:
         click.echo("dry run: nothing was changed")
 
@@ -95,26 +143,19 @@ def _what(plan: Plan, source: SideFacts) -> str:
     )
 
 
-def _print_json(
-    plan: Plan, source: SideFacts, destination: SideFacts, findings: list[Finding]
-) -> None:
-    result = {
-        "v": 1,
-        "type": "result",
-        "status": "refused" if findings else "ready",
-        "rc": int(ExitCode.REFUSED if findings else ExitCode.COMPLETED),
+def _result(plan: Plan, seen: Seen) -> Message:
+    sides = {"source": seen.source, "destination": seen.destination}
+    return {
+        "status": "refused" if seen.findings else "ready",
+        "rc": int(ExitCode.REFUSED if seen.findings else ExitCode.COMPLETED),
         "vm_location": "source",
         "profile": plan.profile_name,
-        "qemu": {"source": source.qemu_version, "destination": destination.qemu_version},
-        "ram_bytes": sum(block.size_bytes for block in source.blocks),
-        "findings": [
-            {
-                "code": finding.code,
-                "side": finding.side,
-                "message": finding.message,
-                "remedy": finding.remedy,
-            }
-            for finding in findings
-        ],
+        "qemu": {role: facts.qemu_version for role, facts in sides.items() if facts is not None},
+        "ram_bytes": sum(block.size_bytes for block in seen.source.blocks) if seen.source else 0,
+        "findings": [_told(finding) for finding in seen.findings],
+        "warnings": [_told(finding) for finding in seen.warnings],
     }
-    click.echo(json.dumps(result))
+
+
+def _told(finding: Finding) -> Message:
+    return {name: getattr(finding, name) for name in ("code", "side", "message", "remedy")}

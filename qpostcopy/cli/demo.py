@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from qpostcopy.cli.viewer import PlainDisplay, TerminalDisplay
+from qpostcopy.cli.display import PlainDisplay, TerminalDisplay
 from qpostcopy.config import load_profile, shipped_profiles
 from qpostcopy.errors import ExitCode, UsageError
 from qpostcopy.lab.guest import Ready, find_image
@@ -109,7 +110,9 @@ def _resolved_qemu(qemu: str) -> str:
 
 def _play(setting: Setting, json_file: Path | None) -> int:
     """The whole scenario; its exit code."""
-    directory = Path(tempfile.mkdtemp(prefix="qpostcopy-demo-", dir=_TMPFS))
+    directory = Path(
+        tempfile.mkdtemp(prefix="qpostcopy-demo-", dir=os.environ.get("TMPDIR", _TMPFS))
+    )
     status, kept, interrupted = int(ExitCode.UNEXPECTED), False, False
     try:
         with Scenario(setting, directory) as scenario:

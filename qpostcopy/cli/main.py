@@ -10,12 +10,15 @@ import importlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import traceback
 
 import click
 
 from qpostcopy import __version__
+from qpostcopy.cli.stream import Stream
+from qpostcopy.environment import LOG_LEVEL_VARIABLE
 from qpostcopy.errors import ExitCode, QpostcopyError
 
 #: In the order of `--help`. A verb whose module does not exist is not offered.
@@ -30,9 +33,11 @@ VERBS = (
     "page-server",
     "handler",
 )
+#: Those whose stdout is the stream of docs/json.md if they are given `--json`.
+JSON_VERBS = ("check", "migrate", "status", "abort", "resume")
+#: Those that only begin a migration: where they fail without one, nothing was touched.
+STARTING_VERBS = ("check", "migrate")
 LEVELS = ("debug", "info", "warning", "error")
-#: Inherited by the controller and its companions.
-LOG_LEVEL_VARIABLE = "QPOSTCOPY_LOG_LEVEL"
 
 
 class _Verbs(click.Group):
@@ -70,28 +75,49 @@ def cli(log_level: str | None, debug: bool) -> None:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit code. What went wrong is one line on stderr."""
+    """Run the command; the exit code. What went wrong is one line on stderr.
+
+    With `--json` it is the result, too, whatever it was.
+    """
+    stream = _stream(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = cli.main(arguments, prog_name="qpostcopy", standalone_mode=False)
+        code = cli.main(arguments, prog_name="qpostcopy", standalone_mode=False, obj=stream)
         return int(code) if isinstance(code, int) else ExitCode.COMPLETED
-    except click.ClickException as error:
-        error.show()
-        return ExitCode.USAGE
-    except (click.Abort, KeyboardInterrupt):
-        return ExitCode.SIGINT
-    except QpostcopyError as error:
-        _tell(str(error), error.remedy)
-        return error.exit_code
     except BrokenPipeError:
         # Nobody reads our output any more; do not complain about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.UNEXPECTED
+    except click.ClickException as error:
+        error.show()
+        stream.fail(error, ExitCode.USAGE, error.format_message(), None)
+        return ExitCode.USAGE
+    except (click.Abort, KeyboardInterrupt) as error:
+        stream.fail(error, ExitCode.SIGINT, "interrupted", None)
+        return ExitCode.SIGINT
+    except QpostcopyError as error:
+        return _fail(stream, error, error.exit_code, str(error), error.remedy)
     except Exception as error:
-        _tell(
-            f"unexpected {type(error).__name__}: {error}",
-            "this is a bug of qpostcopy: report it with the output of --debug",
-        )
-        return ExitCode.UNEXPECTED
+        message = f"unexpected {type(error).__name__}: {error}"
+        remedy = "this is a bug of qpostcopy: report it with the output of --debug"
+        return _fail(stream, error, ExitCode.UNEXPECTED, message, remedy)
+
+
+def _stream(arguments: list[str]) -> Stream:
+    """Known before the arguments are parsed: they may be what is wrong."""
+    verb = next((word for word in arguments if word in VERBS), "")
+    return Stream(on=verb in JSON_VERBS and "--json" in arguments, starts=verb in STARTING_VERBS)
+
+
+def _fail(
+    stream: Stream, error: Exception, code: ExitCode, message: str, remedy: str | None
+) -> ExitCode:
+    _tell(message, remedy)
+    if (directory := stream.directory) is not None:
+        safe = "not possible" if directory.committed else "safe"
+        advice = "" if directory.finished else f"; abort is {safe}"
+        click.echo(f"  the VM is at: {stream.location}{advice}", err=True)
+    stream.fail(error, code, message, remedy)
+    return code
 
 
 def _tell(message: str, remedy: str | None) -> None:
@@ -105,4 +131,7 @@ def _tell(message: str, remedy: str | None) -> None:
 
 def entry() -> None:
     """Entry of the console script."""
-    sys.exit(run())
+    code = run()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the code is known: nothing changes it any more
+    sys.exit(code)

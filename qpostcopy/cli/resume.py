@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from qpostcopy.cli.stream import Stream
 
 
 @click.command(name="resume")
 @click.argument("migration", metavar="ID")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
-def command(migration: str, as_json: bool) -> int:
+@click.option("--json", is_flag=True, expose_value=False, help="One JSON object a line on stdout.")
+@click.pass_obj
+def command(stream: Stream, migration: str) -> int:
     """Go on with a migration, or roll it back if it was not committed.
 
-    ID may be a plan's name: its latest. A migration whose controller lives is
-    only watched; one that has ended is only reported.
+    ID may be a plan's name: its latest. A migration whose controller works is
+    only watched; a controller that does not answer for some seconds is killed and
+    replaced; a migration that has ended is only reported.
     """
-    from qpostcopy.cli.viewer import (
-        conclude,
-        make_display,
-        result_message,
-        run_controller,
-        watch_living,
-    )
-    from qpostcopy.state import StateDirectory
+    from qpostcopy.cli.signals import Signals
 
-    directory = StateDirectory.find(migration)
-    if directory.controller_alive():
-        return watch_living(directory, as_json=as_json)
+    signals = Signals.install()
+    from qpostcopy.cli.display import make_display
+    from qpostcopy.cli.viewer import conclude, result_message, start_and_conclude, watch_living
+    from qpostcopy.state import StateDirectory
+    from qpostcopy.takeover import ControllerState, end_silent_controller
+
+    directory = stream.directory = StateDirectory.find(migration)
+    state = asyncio.run(end_silent_controller(directory))
+    signals.cancel_if_any()
+    if state is ControllerState.ALIVE:
+        return watch_living(directory, stream, signals)
     result = directory.read_result()
     if result is not None and directory.finished:
         message = result_message(directory.migration_id, result)
-        with make_display(as_json) as display:
+        with make_display(stream) as display:
             display.show(message)
-        return conclude(message, as_json=as_json)
-    return run_controller(directory, resume=True, as_json=as_json)
+        return conclude(message, stream)
+    return start_and_conclude(directory, stream, signals, resume=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from qpostcopy.errors import ExitCode, QpostcopyError
+from qpostcopy.errors import ExitCode, OutcomeUnknownError, QpostcopyError
 
 if TYPE_CHECKING:
+    from qpostcopy.cli.stream import Message, Stream
     from qpostcopy.qmp.schema import Status
     from qpostcopy.state import StateDirectory
+    from qpostcopy.takeover import ControllerState
 
 #: A QEMU whose main loop waits for a page does not answer, and need not.
 ASK_SECONDS = 2.0
@@ -20,60 +21,67 @@ ASK_SECONDS = 2.0
 
 @click.command(name="status")
 @click.argument("migration", metavar="[ID]", required=False)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def command(migration: str | None, as_json: bool) -> int:
+@click.option("--json", is_flag=True, expose_value=False, help="One JSON object on stdout.")
+@click.pass_obj
+def command(stream: Stream, migration: str | None) -> int:
     """Tell where a migration is: ID, or a plan's name (its latest), or the latest of all.
 
-    Works after the death of the controller, and while a QEMU hangs.
+    Works after the death of the controller, and while it, or a QEMU, hangs.
     """
     from qpostcopy.state import StateDirectory
 
-    directory = StateDirectory.find(migration)
-    status = asyncio.run(_look(directory))
-    if as_json:
-        click.echo(json.dumps({"v": 1, "type": "status"} | status))
+    stream.directory = StateDirectory.find(migration)
+    status = asyncio.run(_look(stream.directory))
+    if stream.on:
+        stream.say("status", status)
     else:
         _print(status)
     return ExitCode.COMPLETED
 
 
-async def _look(directory: StateDirectory) -> dict[str, object]:
+async def _look(directory: StateDirectory) -> Message:
     from qpostcopy.qmp.client import EndpointConnectError
     from qpostcopy.qmp.connection import ConnectionLostError
+    from qpostcopy.state import StateDirectory
+    from qpostcopy.takeover import ControllerState, controller_state
 
-    if directory.controller_alive():
+    state = await controller_state(directory, ASK_SECONDS)
+    if state is ControllerState.ALIVE:
         try:
             return _from_controller(await _ask_controller(directory))
         except (EndpointConnectError, ConnectionLostError):
-            pass  # it has just ended
-    return await _without_controller(directory)
+            state = ControllerState.DEAD  # it has just ended
+        except OutcomeUnknownError:
+            state = ControllerState.SILENT
+    # It may have written more since we read it.
+    return await _without_controller(StateDirectory.open(directory.path), state)
 
 
 async def _ask_controller(directory: StateDirectory) -> Status:
-    from qpostcopy.controller import CONTROL_SOCKET
     from qpostcopy.qmp import schema
     from qpostcopy.qmp.client import EndpointClient
+    from qpostcopy.state import CONTROL_SOCKET
 
-    client = await EndpointClient.connect(directory.path / CONTROL_SOCKET)
+    client = await EndpointClient.connect(directory.path / CONTROL_SOCKET, ASK_SECONDS)
     try:
-        return await client.call("qpc-status", schema.Empty(), schema.Status)
+        return await client.call("qpc-status", schema.Empty(), schema.Status, ASK_SECONDS)
     finally:
         await client.close()
 
 
-def _from_controller(status: Status) -> dict[str, object]:
+def _from_controller(status: Status) -> Message:
     return status.model_dump(mode="json") | {"controller": "alive"}
 
 
-async def _without_controller(directory: StateDirectory) -> dict[str, object]:
+async def _without_controller(directory: StateDirectory, state: ControllerState) -> Message:
     """From what is on disk, and from what still answers."""
     source = await _side(directory, "source")
     destination = await _side(directory, "destination")
     result = directory.read_result()
-    known: dict[str, object] = {
+    known: Message = {
         "migration_id": directory.migration_id,
         "phase": directory.state.phase.value,
-        "controller": "dead",
+        "controller": state.value,
         "committed": directory.committed,
         "source": source,
         "destination": destination,
@@ -81,10 +89,10 @@ async def _without_controller(directory: StateDirectory) -> dict[str, object]:
     }
     if result is not None:
         return known | _from_result(directory, result)
-    return known | _guess(directory, source, destination)
+    return known | _guess(directory, state, source, destination)
 
 
-def _from_result(directory: StateDirectory, result: dict[str, object]) -> dict[str, object]:
+def _from_result(directory: StateDirectory, result: Message) -> Message:
     message = f"ended: {result.get('status')}"
     if not directory.finished:
         message += f"; go on with: qpostcopy resume {directory.migration_id}"
@@ -92,35 +100,49 @@ def _from_result(directory: StateDirectory, result: dict[str, object]) -> dict[s
 
 
 def _guess(
-    directory: StateDirectory, source: dict[str, object], destination: dict[str, object]
-) -> dict[str, object]:
+    directory: StateDirectory, state: ControllerState, source: Message, destination: Message
+) -> Message:
     """Where the VM must be: `committed` decides, living processes confirm."""
-    resume = f"qpostcopy resume {directory.migration_id}"
-    if not directory.committed:
-        alive = source["qemu"] != "gone"
-        return {
-            "vm_location": "source" if alive else "unknown",
-            "abort_safe": True,
-            "message": "the controller died before the commit: the VM is at the source "
-            f"({source['status']}), the destination cannot have run; roll back with: {resume}"
-            if alive
-            else f"the controller died before the commit and the source QEMU is gone; {resume} "
-            "tidies up",
-        }
-    alive = destination["qemu"] != "gone"
+    committed = directory.committed
+    role: Literal["source", "destination"] = "destination" if committed else "source"
+    side = destination if committed else source
+    alive = side["qemu"] != "gone"
     return {
-        "vm_location": "destination" if alive else "unknown",
-        "abort_safe": False,
-        "message": "the controller died after the commit: the VM is at the destination "
-        f"({destination['status']}); never `cont` the source; go on with: {resume}"
-        if alive
-        else f"the destination QEMU is gone after the commit; {resume} says what is left",
+        "vm_location": role if alive else "unknown",
+        "abort_safe": not committed,
+        "message": f"{_trouble(directory, state)}; {_place(role, side, alive)}; "
+        f"{_advice(directory, state, alive)}",
     }
 
 
-async def _side(
-    directory: StateDirectory, role: Literal["source", "destination"]
-) -> dict[str, object]:
+def _trouble(directory: StateDirectory, state: ControllerState) -> str:
+    when = "after" if directory.committed else "before"
+    if state.value == "dead":
+        return f"the controller died {when} the commit"
+    controller = directory.state.controller
+    assert controller is not None, "only a recorded process can be silent"
+    return f"controller (pid {controller.pid}) does not answer; it is {when} the commit"
+
+
+def _place(role: str, side: Message, alive: bool) -> str:
+    if not alive:
+        return f"the {role} QEMU is gone"
+    place = f"the VM is at the {role} ({side['status']})"
+    if role == "destination":
+        return f"{place}; never `cont` the source"
+    return f"{place}, the destination cannot have run"
+
+
+def _advice(directory: StateDirectory, state: ControllerState, alive: bool) -> str:
+    resume = f"`qpostcopy resume {directory.migration_id}`"
+    if state.value == "silent":
+        return f"{resume} takes over"
+    if directory.committed:
+        return f"{resume} goes on" if alive else f"{resume} says what is left"
+    return f"{resume} rolls back" if alive else f"{resume} tidies up"
+
+
+async def _side(directory: StateDirectory, role: Literal["source", "destination"]) -> Message:
     from qpostcopy.side import COMPANIONS
 
     state = directory.state.side(role)
@@ -152,7 +174,7 @@ async def _run_status(directory: StateDirectory, companion: str) -> str:
     return str(reply.get("status")) if isinstance(reply, dict) else "unknown"
 
 
-def _print(status: dict[str, object]) -> None:
+def _print(status: Message) -> None:
     from qpostcopy.progress import Progress, line
 
     click.echo(f"{status['migration_id']}: {status['phase']}; VM at: {status['vm_location']}")

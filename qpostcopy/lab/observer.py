@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 from qpostcopy.errors import OutcomeUnknownError, QpostcopyError
@@ -58,6 +59,7 @@ class Observer:
         try:
             self._sock.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
+            self._drain(deadline)
             raise ObserverError(f"{command}: QEMU hung up") from error
         while True:
             message = self._read(deadline)
@@ -76,12 +78,22 @@ class Observer:
                     return self._events.pop(index)
             self._events.append(self._read(deadline))
 
+    def heard(self, name: str) -> int:
+        """How many events of that name were read so far and not taken."""
+        return sum(event.get("event") == name for event in self._events)
+
     def status(self) -> str:
         """`running`, `paused`, `inmigrate`, `postmigrate`, ..."""
         return str(self.execute("query-status")["status"])
 
     def close(self) -> None:
         self._sock.close()
+
+    def _drain(self, deadline: float) -> None:
+        """Keep what QEMU said before it hung up: it may be its last words that count."""
+        with suppress(ObserverError):
+            while True:
+                self._events.append(self._read(deadline))
 
     def _read(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:

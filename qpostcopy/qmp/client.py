@@ -32,7 +32,6 @@ from qpostcopy.qmp.connection import (
     EXECUTE_SECONDS,
     CommandError,
     Connection,
-    ConnectionLostError,
 )
 from qpostcopy.qmp.events import Event
 from qpostcopy.qmp.sockets import CannotConnectError, ConnectFailure
@@ -50,9 +49,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Reply = TypeVar("Reply", bound=schema.Model)
-
-#: The endpoint is lost. Raised by a command: it was not sent.
-EndpointLostError = ConnectionLostError
 
 
 class EndpointConnectError(QpostcopyError):

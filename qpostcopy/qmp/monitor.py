@@ -15,9 +15,8 @@ from qpostcopy.qmp.connection import (
     CONNECT_SECONDS,
     CommandError,
     Connection,
-    ConnectionLostError,
 )
-from qpostcopy.qmp.sockets import CannotConnectError, ConnectFailure, listener_pid
+from qpostcopy.qmp.sockets import CannotConnectError, ConnectFailure
 
 __all__ = [
     "CommandError",
@@ -26,12 +25,7 @@ __all__ = [
     "MonitorConnectError",
     "MonitorForeignError",
     "MonitorHeldError",
-    "MonitorLostError",
-    "monitor_pid",
 ]
-
-#: The monitor is lost. Raised by a command: it was not sent.
-MonitorLostError = ConnectionLostError
 
 
 class MonitorConnectError(RefusedError):
@@ -65,17 +59,6 @@ class Monitor(Connection):
             return await cls._open(path, timeout_seconds)
         except CannotConnectError as error:
             raise _refusal(path, error) from error
-
-
-async def monitor_pid(path: Path, timeout_seconds: float = CONNECT_SECONDS) -> int:
-    """The QEMU behind a monitor socket, without an answer from it.
-
-    :raise MonitorConnectError: one of its leaves, with a remedy.
-    """
-    try:
-        return await listener_pid(path, timeout_seconds)
-    except CannotConnectError as error:
-        raise _refusal(path, error) from error
 
 
 def _refusal(path: Path, error: CannotConnectError) -> MonitorConnectError:

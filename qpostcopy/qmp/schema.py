@@ -101,13 +101,6 @@ class SideFacts(Model):
 # --- counters -----------------------------------------------------------------------------
 
 
-class LaneStats(Model):
-    """Counters of one direction of the work; bytes are payload bytes."""
-
-    pages: Count = 0
-    bytes: Count = 0
-
-
 class FaultStats(Model):
     """Page faults read from the userfaultfd, and how long each thread waited."""
 
@@ -193,7 +186,6 @@ class Attach(Model):
 
 class Attached(Model):
     uffd_fd: int = Field(description="number of the userfaultfd inside QEMU")
-    lent_fdset: int | None = None
     ranges: int
     registered_bytes: int
 
@@ -285,7 +277,7 @@ class ServePages(Model):
 class Abort(Model):
     """`qpc-abort`: cancel before the commit; refused after it.
 
-    `reason` is what the result says: `cancelled` by an operator, or a signal.
+    `signal` is what an operator's viewer got; it decides the result's exit code.
     """
 
     signal: Literal["SIGINT", "SIGTERM"] | None = None

@@ -87,16 +87,6 @@ def peer_pid(sock: socket.socket) -> int:
     return int(struct.unpack("3i", credentials)[0])
 
 
-async def listener_pid(path: Path, timeout_seconds: float = 10.0) -> int:
-    """Who listens on this socket; needs no answer from it.
-
-    :raise CannotConnectError: with the reason.
-    """
-    deadline = asyncio.get_running_loop().time() + timeout_seconds
-    with contextlib.closing(await connect_socket(path, "socket", deadline)) as sock:
-        return peer_pid(sock)
-
-
 def bind_private(path: Path) -> socket.socket:
     """A listening, non-blocking unix socket of mode 0600.
 

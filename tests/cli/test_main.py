@@ -11,6 +11,7 @@ import pytest
 
 from qpostcopy import __version__
 from qpostcopy.cli import main
+from qpostcopy.environment import LOG_LEVEL_VARIABLE
 from qpostcopy.errors import (
     InterruptedMigrationError,
     QpostcopyError,
@@ -23,7 +24,7 @@ from qpostcopy.errors import (
 @pytest.fixture(autouse=True)
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QPOSTCOPY_RUN_DIR", str(tmp_path / "run"))
-    monkeypatch.delenv(main.LOG_LEVEL_VARIABLE, raising=False)
+    monkeypatch.delenv(LOG_LEVEL_VARIABLE, raising=False)
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException | int) -> None:
@@ -75,7 +76,7 @@ def test_debug_shows_the_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raising(monkeypatch, ZeroDivisionError("oh"))
-    monkeypatch.setenv(main.LOG_LEVEL_VARIABLE, "debug")
+    monkeypatch.setenv(LOG_LEVEL_VARIABLE, "debug")
     assert main.run(["status"]) == 1
     assert "Traceback" in capsys.readouterr().err
 

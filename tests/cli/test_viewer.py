@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from qpostcopy.cli.viewer import JsonDisplay, PlainDisplay, conclude, describe, result_message
+from qpostcopy.cli.display import JsonDisplay, PlainDisplay, describe
+from qpostcopy.cli.stream import Stream
+from qpostcopy.cli.viewer import conclude, result_message
 from qpostcopy.progress import Progress
 from qpostcopy.report import ErrorReport, ResultStatus
 from tests.test_report import result
@@ -32,7 +34,7 @@ def test_plain_progress_comes_once_an_interval(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("qpostcopy.cli.viewer.time.monotonic", lambda: now)
+    monkeypatch.setattr("qpostcopy.cli.display.time.monotonic", lambda: now)
     display = PlainDisplay()
     for now in (100.0, 100.5, 101.0, 102.1, 102.2):  # noqa: B007 (the clock reads it)
         display.show(PROGRESS)
@@ -42,7 +44,7 @@ def test_plain_progress_comes_once_an_interval(
 
 
 def test_json_is_verbatim_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
-    JsonDisplay().show(PROGRESS)
+    JsonDisplay(Stream(on=True)).show(PROGRESS)
     said = capsys.readouterr()
     assert json.loads(said.out) == PROGRESS
     assert said.err == ""
@@ -52,7 +54,7 @@ def test_json_is_verbatim_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_result_ends_in_its_code(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
     error = ErrorReport(code="lane-lost", message="lanes lost", remedy="mend them")
     data = result(ResultStatus.ROLLED_BACK, error).to_json()
-    assert conclude(result_message("x", data), as_json=as_json) == 4
+    assert conclude(result_message("x", data), Stream(on=as_json)) == 4
     said = capsys.readouterr()
     if as_json:
         assert said.out + said.err == ""

@@ -68,3 +68,18 @@ def test_a_monitor_that_hangs_up_is_an_error(monitor: Monitor) -> None:
     monitor.far.close()
     with pytest.raises(ObserverError, match="hung up"):
         observer.status()
+
+
+def test_what_it_said_before_it_hung_up_is_kept(monitor: Monitor) -> None:
+    """A request cannot be sent any more; the events that wait to be read still count."""
+    monitor.say(GREETING, {"return": {}})
+    observer = Observer(monitor.near)
+    monitor.say({"event": "RESUME"}, {"event": "STOP"}, {"event": "RESUME"})
+    monitor.far.close()
+    with pytest.raises(ObserverError, match="hung up"):
+        observer.status()
+    assert (observer.heard("RESUME"), observer.heard("STOP")) == (2, 1)
+    assert observer.wait_event("STOP")["event"] == "STOP"
+    with pytest.raises(ObserverError, match="hung up"):
+        observer.status()
+    assert observer.heard("RESUME") == 2
