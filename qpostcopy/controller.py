@@ -8,64 +8,60 @@ Before the commit any failure, abort or time limit ends in recovery.roll_back;
 after it the only ways are on, `interrupted`, or `failed`. Our own bugs are
 failures like any other: they take the same ways.
 
-`python -m qpostcopy.controller STATE_DIR [--resume] [--ready-fd N]`; the run
-begins at the end of its standard input, so that its starter can connect first.
+The process around it is in controller_process.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
 import logging
 import os
-import select
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Literal
 
 from qpostcopy import __version__
-from qpostcopy.config import Plan, load_plan
+from qpostcopy.config import Plan
 from qpostcopy.errors import (
     BeforeSwitchTimeoutError,
     ExitCode,
     InterruptedMigrationError,
     QpostcopyError,
-    RefusedError,
     StateLostError,
 )
-from qpostcopy.migration import Migration, TroubleError, now_seconds, together, trouble
-from qpostcopy.outcome import CancelledError, Outcome, Signal, make_result
-from qpostcopy.phases import BEFORE_COMMIT, TERMINAL, Phase, PhaseMachine
+from qpostcopy.migration import Migration, now_seconds, together, trouble
+from qpostcopy.outcome import (
+    CancelledError,
+    ControllerDiedError,
+    Outcome,
+    Signal,
+    after_commit,
+    after_failed_rollback,
+    after_rollback,
+    ended_already,
+    make_result,
+)
+from qpostcopy.phases import BEFORE_COMMIT, Phase, PhaseMachine
 from qpostcopy.postcopy import complete, current_stats, run_postcopy
 from qpostcopy.prepare import PREPARE
-from qpostcopy.process import Process
 from qpostcopy.progress import Meter, Progress
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.server import Endpoint
-from qpostcopy.recovery import leave_companions, roll_back, take_back_commit
+from qpostcopy.recovery import give_up_destination, leave_companions, roll_back, take_back_commit
 from qpostcopy.report import Location, Result, ResultStatus
-from qpostcopy.side import LOG_LEVEL_VARIABLE, EventBook, NotProvenGoneError, Side
+from qpostcopy.side import EventBook, Side
+from qpostcopy.state import CONTROL_SOCKET as CONTROL_SOCKET
 from qpostcopy.state import PhaseStamp, StateDirectory
-from qpostcopy.switchover import COMMIT, SWITCHOVER, run_steps
+from qpostcopy.switchover import COMMIT, SWITCHOVER, ContRefusedError, run_steps
 
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 0.5
-#: Longest wait for whoever started us to connect.
-GO_SECONDS = 10.0
-_GONE_BEFORE_CONT = "the destination QEMU ended before it was told to run the guest"
-CONTROL_SOCKET = "controller.sock"
 
 
 class AbortRefusedError(QpostcopyError):
     """Abort came too late."""
-
-
-class ControllerDiedError(QpostcopyError):
-    """Why a resumed migration rolls back: it was not committed when its controller died."""
 
 
 class Controller:
@@ -104,6 +100,10 @@ class Controller:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
 
+    async def hang_up(self) -> None:
+        """Be reachable no more."""
+        await self._endpoint.close()
+
     async def run(self) -> ExitCode:
         """The whole migration. Its failures are in the result, not raised."""
         self._send("phase", phase=self._migration.machine.phase, **self._place())
@@ -114,7 +114,7 @@ class Controller:
             ticker.cancel()
             await asyncio.wait([ticker])
         result = await self._conclude(outcome)
-        await self._endpoint.close()
+        await self.hang_up()
         return ExitCode(result.rc)
 
     async def _migrate(self) -> Outcome:
@@ -127,6 +127,8 @@ class Controller:
         return await self._go_on()
 
     async def _resume(self) -> Outcome:
+        if (ended := ended_already(self._migration)) is not None:
+            return ended
         if self._directory.committed:
             return await self._go_on("resumed")
         return await self._go_back(
@@ -180,72 +182,57 @@ class Controller:
 
     async def _go_back(self, error: Exception) -> Outcome:
         log.warning("rolling back: %s", error, exc_info=not isinstance(error, QpostcopyError))
-        status = self._status_before_commit(error)
         try:
             location = await roll_back(self._migration)
         except Exception as lost:
             log.exception("rollback failed")
-            self._migration.machine.set(Phase.FAILED)
-            return Outcome(ResultStatus.FAILED, self._location_after_failure(lost), lost)
-        if location == "ended":
-            self._migration.machine.set(Phase.COMPLETE)
-            return Outcome(ResultStatus.COMPLETED, "ended")
-        self._migration.machine.set(Phase.ROLLED_BACK)
-        return Outcome(status, location, error)
-
-    def _status_before_commit(self, error: Exception) -> ResultStatus:
-        if isinstance(error, CancelledError):
-            return ResultStatus.CANCELLED
-        if isinstance(error, BeforeSwitchTimeoutError):
-            return ResultStatus.TIMED_OUT
-        if isinstance(error, RefusedError) and self._migration.machine.phase is Phase.PREPARE:
-            return ResultStatus.REFUSED
-        return ResultStatus.ROLLED_BACK
-
-    def _location_after_failure(self, error: Exception) -> Location:
-        if isinstance(error, NotProvenGoneError) or self._directory.committed:
-            return "unknown"
-        return "source" if self._migration.source.qemu_alive() else "ended"
+            return after_failed_rollback(self._migration, lost)
+        return after_rollback(self._migration, location, error)
 
     async def _go_on(self, problem: str = "") -> Outcome:
         """After the commit: the guest is the destination's, whatever happens.
 
         :param problem: why the session of lanes, or what there is of it, cannot be trusted.
         """
-        machine = self._migration.machine
+        migration, machine = self._migration, self._migration.machine
         try:
             if machine.phase is not Phase.COMPLETE:
                 problem = problem or await self._start_destination()
-                if problem and await take_back_commit(self._migration):
-                    return await self._go_back(TroubleError("qemu-gone", _GONE_BEFORE_CONT))
-                if machine.phase is not Phase.POSTCOPY:
-                    machine.set(Phase.POSTCOPY)
-                location = await run_postcopy(self._migration, problem)
-                self._directory.update(guest_ended=location == "ended")
+                location = await run_postcopy(migration, problem)
                 machine.set(Phase.COMPLETE)
             else:
-                location = "ended" if self._directory.state.guest_ended else "destination"
-            return Outcome(ResultStatus.COMPLETED, await complete(self._migration, location))
-        except StateLostError as error:
-            machine.set(Phase.FAILED)
-            return Outcome(ResultStatus.FAILED, self._location_after_commit(), error)
+                location = "ended" if migration.state.guest_ended else "destination"
+            location = await complete(migration, location)
+            return Outcome(ResultStatus.COMPLETED, location, Phase.COMPLETE)
         except Exception as error:
-            if not isinstance(error, InterruptedMigrationError):
-                log.exception("after the commit")
-            if machine.phase not in TERMINAL:
-                machine.set(Phase.INTERRUPTED)
-            return Outcome(ResultStatus.INTERRUPTED, "destination", error)
+            return await self._after_trouble(error)
+
+    async def _after_trouble(self, error: Exception) -> Outcome:
+        """Back if the guest has not run there and never will; else interrupted, or failed."""
+        if not isinstance(error, StateLostError | InterruptedMigrationError | ContRefusedError):
+            log.error("after the commit", exc_info=error)
+        try:
+            refused = isinstance(error, ContRefusedError)
+            undo = give_up_destination if refused else take_back_commit
+            if await undo(self._migration):
+                return await self._go_back(error)
+        except Exception as stands:
+            log.exception("the commit stands")
+            error = stands
+        return after_commit(self._migration, error)
 
     async def _start_destination(self) -> str:
-        """What went wrong, if anything did: whether `cont` arrived is found out by asking."""
+        """What went wrong, if anything did: whether `cont` arrived is found out by asking.
+
+        :raise ContRefusedError: it arrived, and was refused.
+        """
         try:
             await run_steps(self._migration, COMMIT)
+        except ContRefusedError:
+            raise
         except QpostcopyError as error:
             return f"starting the guest: {error}"
         return ""
-
-    def _location_after_commit(self) -> Location:
-        return "destination" if self._migration.destination.qemu_alive() else "ended"
 
     # --- what others see ------------------------------------------------------------------
 
@@ -348,16 +335,22 @@ class Controller:
     # --- the end --------------------------------------------------------------------------
 
     async def _conclude(self, outcome: Outcome) -> Result:
-        """Write the result, tell it, and leave nothing running that is not needed."""
+        """Leave nothing running that is not needed, write the result, tell it.
+
+        The phase comes last: killed before the result, we are resumed where we were, and come
+        here again; once the result is on disk, there is nothing left to do.
+        """
         self._outcome = outcome
-        result = make_result(self._migration, outcome)
         if outcome.status is ResultStatus.INTERRUPTED:
             await leave_companions(self._migration)
         else:
             await together(self._migration.source.quit(), self._migration.destination.quit())
             (self._directory.path / "device-state.sock").unlink(missing_ok=True)
+        result = make_result(self._migration, outcome)
         self._result = result.to_json()
         self._directory.write_result(self._result)
+        if self._migration.machine.phase is not outcome.phase:
+            self._migration.machine.set(outcome.phase)
         self._send("result", **self._result)
         return result
 
@@ -369,52 +362,7 @@ async def _cancel(*tasks: asyncio.Future[None]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-# --- the process --------------------------------------------------------------------------
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Entry of `python -m qpostcopy.controller`."""
-    parser = argparse.ArgumentParser(prog="qpostcopy.controller")
-    parser.add_argument("state_dir", type=Path)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--ready-fd", type=int)
-    options = parser.parse_args(arguments)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=os.environ.get(LOG_LEVEL_VARIABLE, "info").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    try:
-        directory = StateDirectory.open(options.state_dir)
-        with directory.lock():
-            return asyncio.run(_run(directory, options.resume, options.ready_fd))
-    except QpostcopyError as error:
-        print(f"qpostcopy: error: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-async def _run(directory: StateDirectory, resuming: bool, ready_fd: int | None) -> ExitCode:
-    plan = load_plan(directory.path / "plan.yaml")
-    controller = Controller(directory, plan, resuming=resuming)
-    directory.update(controller=Process.of(os.getpid()))
-    if resuming:
-        (directory.path / "result.json").unlink(missing_ok=True)
-    await controller.listen()
-    if ready_fd is not None:
-        with contextlib.suppress(BrokenPipeError):
-            os.write(ready_fd, b"ready\n")
-        os.close(ready_fd)
-    await asyncio.to_thread(_wait_for_go)
-    return await controller.run()
-
-
-def _wait_for_go() -> None:
-    """Until our standard input ends, or too long."""
-    poll = select.poll()
-    poll.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
-    poll.poll(GO_SECONDS * 1000)
-
-
 if __name__ == "__main__":
+    from qpostcopy.controller_process import main
+
     sys.exit(main())

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from qpostcopy.config import Plan
-from qpostcopy.errors import QpostcopyError, RolledBackError
+from qpostcopy.errors import RolledBackError
 from qpostcopy.phases import PhaseMachine
+from qpostcopy.qmp.events import Event
 from qpostcopy.qmp.schema import HandlerStats, SideFacts
 from qpostcopy.side import COMPANION_LOST, EventBook, Role, Seen, Side
 from qpostcopy.state import MigrationState, StateDirectory
@@ -37,10 +38,6 @@ class TroubleError(RolledBackError):
     def __init__(self, code: str, message: str, *, remedy: str | None = None) -> None:
         super().__init__(message, remedy=remedy)
         self.code = code
-
-
-class GuestEndedError(QpostcopyError):
-    """The guest powered off by itself. Not a failure: nothing is left to move."""
 
 
 @dataclass
@@ -140,13 +137,33 @@ def trouble(seen: Seen) -> TroubleError | None:
     return None
 
 
+#: QMP ShutdownCause: those that the guest itself brought about.
+_GUESTS_OWN_CAUSES = frozenset({"guest-shutdown", "guest-reset", "guest-panic"})
+
+
 async def guest_ended(migration: Migration, role: Role) -> bool:
-    """Whether that side's QEMU is gone because its guest (or somebody) shut it down."""
-    if not migration.book.find(lambda seen: seen.is_(role, "SHUTDOWN")):
+    """Whether that side's QEMU is gone because its guest shut itself down. Remembers it."""
+    if migration.state.guest_ended:
+        return True
+    seen = migration.book.find(lambda seen: seen.is_(role, "SHUTDOWN"))
+    if seen is None or not _is_guests_own(seen.event):
         return False
     process = migration.side(role).qemu
     # -no-shutdown keeps QEMU: then the guest is still there, in state `shutdown`.
-    return process is None or await asyncio.to_thread(process.wait_gone, QUERY_SECONDS)
+    if process is not None and not await asyncio.to_thread(process.wait_gone, QUERY_SECONDS):
+        return False
+    migration.directory.update(guest_ended=True)
+    return True
+
+
+def _is_guests_own(shutdown: Event) -> bool:
+    return shutdown.data.get("guest") is True or shutdown.data.get("reason") in _GUESTS_OWN_CAUSES
+
+
+def who_ended(migration: Migration, role: Role) -> str:
+    """QEMU's own last word on its end, in brackets, or nothing: it was killed."""
+    seen = migration.book.find(lambda seen: seen.is_(role, "SHUTDOWN"))
+    return f" ({seen.event.data.get('reason', 'shut down')})" if seen else ""
 
 
 def error_code(error: BaseException) -> str:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qpostcopy.errors import ExitCode, QpostcopyError
+from qpostcopy.errors import (
+    BeforeSwitchTimeoutError,
+    ExitCode,
+    QpostcopyError,
+    RefusedError,
+    StateLostError,
+    UsageError,
+)
 from qpostcopy.migration import Migration, error_code, now_seconds
 from qpostcopy.phases import Phase
 from qpostcopy.report import (
@@ -18,6 +25,7 @@ from qpostcopy.report import (
     byte_counts,
     page_counts,
 )
+from qpostcopy.side import NotProvenGoneError
 from qpostcopy.state import PhaseStamp
 
 Signal = Literal["SIGINT", "SIGTERM"]
@@ -33,24 +41,99 @@ class CancelledError(QpostcopyError):
         self.rc = ExitCode.SIGINT if signal_name == "SIGINT" else ExitCode.SIGTERM
 
 
+class ControllerDiedError(QpostcopyError):
+    """Why a resumed migration rolls back: it was not committed when its controller died."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How it ended."""
+    """How it ended, and the phase that it ends in."""
 
     status: ResultStatus
     location: Location
+    phase: Phase
     error: BaseException | None = None
+
+    @property
+    def rc(self) -> int:
+        if isinstance(self.error, CancelledError):
+            return self.error.rc
+        if self.status is ResultStatus.ERROR and isinstance(self.error, QpostcopyError):
+            return self.error.exit_code
+        return EXIT_CODES[self.status]
+
+
+# --- which outcome it is ------------------------------------------------------------------
+
+
+def after_rollback(migration: Migration, location: Location, error: Exception) -> Outcome:
+    """It is back at the source because of `error`; or its guest ended by itself meanwhile."""
+    if location == "ended":
+        return Outcome(ResultStatus.COMPLETED, location, Phase.COMPLETE)
+    return Outcome(_status_before_commit(migration, error), location, Phase.ROLLED_BACK, error)
+
+
+def _status_before_commit(migration: Migration, error: Exception) -> ResultStatus:
+    if isinstance(error, CancelledError):
+        return ResultStatus.CANCELLED
+    if isinstance(error, BeforeSwitchTimeoutError):
+        return ResultStatus.TIMED_OUT
+    if isinstance(error, UsageError) and not migration.state.stop_sent:
+        return ResultStatus.ERROR
+    if isinstance(error, RefusedError) and migration.machine.phase is Phase.PREPARE:
+        return ResultStatus.REFUSED
+    return ResultStatus.ROLLED_BACK
+
+
+def after_failed_rollback(migration: Migration, error: Exception) -> Outcome:
+    """As long as there is a source, `resume` can try again."""
+    alive = migration.source.qemu_alive()
+    location: Location = "source" if alive else "ended"
+    if isinstance(error, NotProvenGoneError):
+        location = "unknown"
+    phase = Phase.ROLLBACK_FAILED if alive else Phase.FAILED
+    return Outcome(ResultStatus.FAILED, location, phase, error)
+
+
+def after_commit(migration: Migration, error: Exception) -> Outcome:
+    """It cannot go on, for good or for now.
+
+    Interrupted in `switchover` it stays there: as long as no `cont` can have been executed,
+    `resume` may still find that the guest has to go back.
+    """
+    if isinstance(error, StateLostError) and not isinstance(error, NotProvenGoneError):
+        alive = migration.destination.qemu_alive()
+        place: Location = "destination" if alive else "ended"
+        return Outcome(ResultStatus.FAILED, place, Phase.FAILED, error)
+    now = migration.machine.phase
+    phase = Phase.INTERRUPTED if now is Phase.POSTCOPY else now
+    return Outcome(ResultStatus.INTERRUPTED, "destination", phase, error)
+
+
+def ended_already(migration: Migration) -> Outcome | None:
+    """The outcome of a migration that was over but for its result: nothing is left to do."""
+    phase = migration.machine.phase
+    why = ControllerDiedError(f"the controller died when the migration was {phase} already")
+    if phase is Phase.ROLLED_BACK:
+        return Outcome(ResultStatus.ROLLED_BACK, "source", phase, why)
+    if phase is Phase.FAILED:
+        side = migration.destination if migration.directory.committed else migration.source
+        place: Location = "ended"
+        if side.qemu_alive():
+            place = "destination" if migration.directory.committed else "source"
+        return Outcome(ResultStatus.FAILED, place, phase, why)
+    return None
+
+
+# --- the result ---------------------------------------------------------------------------
 
 
 def make_result(migration: Migration, outcome: Outcome) -> Result:
     """The result, as of now."""
     state, now = migration.state, now_seconds()
-    rc = EXIT_CODES[outcome.status]
-    if isinstance(outcome.error, CancelledError):
-        rc = outcome.error.rc
     result = Result(
         status=outcome.status,
-        rc=rc,
+        rc=outcome.rc,
         vm_location=outcome.location,
         migration_id=state.migration_id,
         profile=state.profile,

@@ -5,7 +5,11 @@
          \\          \\            +-> interrupted -> postcopy   (resume)
           \\          \\                    |
            +-----------+-> rolled-back      +-> failed
+                       |        ^
+                       |        | (resume)
+                       +-> rollback-failed
 
+`rollback-failed`: nothing was committed, but the source did not come back yet.
 The point of no return is the edge switchover -> postcopy: `COMMIT` below. All
 other code asks this table; none of it carries its own idea of what may follow.
 `precopy` has its place in the table and is entered once the dirty scan exists.
@@ -29,19 +33,19 @@ class Phase(StrEnum):
     POSTCOPY = "postcopy"
     COMPLETE = "complete"
     ROLLED_BACK = "rolled-back"
+    ROLLBACK_FAILED = "rollback-failed"
     INTERRUPTED = "interrupted"
     FAILED = "failed"
 
 
+#: Where a rollback ends. Complete: the guest ended by itself at the source.
+_BACK = frozenset({Phase.ROLLED_BACK, Phase.ROLLBACK_FAILED, Phase.COMPLETE, Phase.FAILED})
+
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
-    # complete before the commit: the guest ended by itself at the source
-    Phase.PREPARE: frozenset(
-        {Phase.PRECOPY, Phase.SWITCHOVER, Phase.ROLLED_BACK, Phase.COMPLETE, Phase.FAILED}
-    ),
-    Phase.PRECOPY: frozenset({Phase.SWITCHOVER, Phase.ROLLED_BACK, Phase.COMPLETE, Phase.FAILED}),
-    Phase.SWITCHOVER: frozenset(
-        {Phase.POSTCOPY, Phase.ROLLED_BACK, Phase.COMPLETE, Phase.INTERRUPTED, Phase.FAILED}
-    ),
+    Phase.PREPARE: _BACK | {Phase.PRECOPY, Phase.SWITCHOVER},
+    Phase.PRECOPY: _BACK | {Phase.SWITCHOVER},
+    Phase.SWITCHOVER: _BACK | {Phase.POSTCOPY},
+    Phase.ROLLBACK_FAILED: _BACK,
     Phase.POSTCOPY: frozenset({Phase.COMPLETE, Phase.INTERRUPTED, Phase.FAILED}),
     Phase.INTERRUPTED: frozenset({Phase.POSTCOPY, Phase.COMPLETE, Phase.FAILED}),
     Phase.COMPLETE: frozenset(),
@@ -49,7 +53,8 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.FAILED: frozenset(),
 }
 
-#: The point of no return. The edge is taken only after `committed` is on disk.
+#: The point of no return. The edge is taken only after `committed` is on disk, and once
+#: the guest is known to be the destination's.
 COMMIT = (Phase.SWITCHOVER, Phase.POSTCOPY)
 
 #: Phases in which nothing has been committed: abort and rollback are safe.

@@ -14,7 +14,15 @@ from collections import deque
 from contextlib import suppress
 
 from qpostcopy.errors import InterruptedMigrationError, QpostcopyError, StateLostError
-from qpostcopy.migration import COMMAND_SECONDS, Migration, guest_ended, now_seconds, together
+from qpostcopy.migration import (
+    COMMAND_SECONDS,
+    Migration,
+    guest_ended,
+    now_seconds,
+    together,
+    who_ended,
+)
+from qpostcopy.phases import Phase
 from qpostcopy.qmp import schema
 from qpostcopy.recovery import (
     DETACH_SECONDS,
@@ -24,7 +32,9 @@ from qpostcopy.recovery import (
     settle_guest,
 )
 from qpostcopy.report import Location
-from qpostcopy.side import COMPANION_LOST, Seen
+from qpostcopy.side import COMPANION_LOST, COMPANIONS, Seen
+from qpostcopy.switchover import ContRefusedError
+from qpostcopy.uffd.registration import RECORD
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +43,10 @@ REPAIRS_WITHIN_SECONDS = 60.0
 _BACKOFF_SECONDS = 0.2
 STATS_SECONDS = 5.0
 GONE_SECONDS = 10.0
+
+#: A companion answers within milliseconds: what blocks runs in threads of its own.
+PROBE_SECONDS = 3.0
+PROBES = 2
 
 _ENDS_SESSION = frozenset({"QPC_LANE_LOST", "QPC_FATAL", COMPANION_LOST})
 
@@ -70,7 +84,10 @@ class RepairBudget:
 async def run_postcopy(migration: Migration, problem: str) -> Location:
     """Until every page is placed. Returns where the VM is: `destination`, or `ended`.
 
+    The phase is `postcopy` from the moment on that the guest is known to be settled there.
+
     :param problem: why the present session of lanes is not to be trusted; empty: it is.
+    :raise ContRefusedError: the destination will not run the guest, and never did.
     :raise InterruptedMigrationError: `resume` can go on.
     :raise StateLostError: it cannot.
     """
@@ -81,10 +98,12 @@ async def run_postcopy(migration: Migration, problem: str) -> Location:
                 await asyncio.sleep(budget.spend(now_seconds(), problem))
                 mark = await repair(migration)
             await settle_guest(migration)
+            if migration.machine.phase is not Phase.POSTCOPY:
+                migration.machine.set(Phase.POSTCOPY)
             problem = await _serve_until_trouble(migration, mark)
             if not problem:
                 return "destination"
-        except (StateLostError, InterruptedMigrationError):
+        except (StateLostError, InterruptedMigrationError, ContRefusedError):
             raise
         except QpostcopyError as error:
             problem = str(error)
@@ -94,10 +113,36 @@ async def run_postcopy(migration: Migration, problem: str) -> Location:
 
 async def _serve_until_trouble(migration: Migration, mark: int) -> str:
     """What ended this session, or nothing: every page is placed."""
+    end = asyncio.create_task(_end_of_session(migration, mark))
+    silence = asyncio.create_task(_silence(migration))
+    try:
+        await asyncio.wait([end, silence], return_when=asyncio.FIRST_COMPLETED)
+        return end.result() if end.done() else silence.result()
+    finally:
+        end.cancel()
+        silence.cancel()
+        await asyncio.wait([end, silence])
+
+
+async def _end_of_session(migration: Migration, mark: int) -> str:
     seen = await _next(migration, mark)
     if seen is None or _is_placed(seen):
         return ""
     return f"{seen.event.name} from the {seen.role} side: {seen.event.data.get('reason', '')}"
+
+
+async def _silence(migration: Migration) -> str:
+    """Which companion has hung: it lives, holds its lanes, and sends neither pages nor events.
+
+    Returns once one has missed PROBES questions in a row; whoever repairs ends it (Side.ensure).
+    """
+    missed = {"source": 0, "destination": 0}
+    while True:
+        await asyncio.sleep(PROBE_SECONDS)
+        for side in (migration.source, migration.destination):
+            missed[side.role] = 0 if await side.answers(PROBE_SECONDS) else missed[side.role] + 1
+            if missed[side.role] >= PROBES:
+                return f"the {COMPANIONS[side.role]} does not answer"
 
 
 async def _next(migration: Migration, mark: int) -> Seen | None:
@@ -122,17 +167,23 @@ def _ends(seen: Seen) -> bool:
 async def _destination_gone(migration: Migration) -> bool:
     """Whether the guest ended by itself there.
 
-    :raise DestinationLostError: its QEMU is gone, and not by a shutdown that we know of.
+    :raise DestinationLostError: its QEMU is gone, and not by its guest's own doing.
     """
-    if migration.state.guest_ended or await guest_ended(migration, "destination"):
-        migration.directory.update(guest_ended=True)
+    if await guest_ended(migration, "destination"):
         return True
     if migration.destination.qemu_alive():
         return False
+    gone = f"the destination QEMU ended after the commit{who_ended(migration, 'destination')}"
+    if migration.state.cont_sent:
+        raise DestinationLostError(
+            f"{gone}; the source still holds the memory of the moment of the switchover, but the "
+            "disk has moved on since, so it is not started",
+            remedy="start the VM anew from its disk; the source QEMU stays paused until you end it",
+        )
     raise DestinationLostError(
-        "the destination QEMU died after the commit; the source still holds the memory of the "
-        "moment of the switchover, but the disk has moved on since, so it is not started",
-        remedy="start the VM anew from its disk; the source QEMU stays paused until you end it",
+        f"{gone}; it never got a `cont` from us, so the source still has the whole VM, paused",
+        remedy="if nobody else ran the guest at the destination, go on at the source: `cont` at "
+        "its QMP",
     )
 
 
@@ -160,7 +211,7 @@ async def complete(migration: Migration, location: Location) -> Location:
         await restore_settings(migration, "destination")
     await _release_source(migration)
     await together(migration.source.quit(), migration.destination.quit())
-    if await guest_ended(migration, "destination"):
+    if await guest_ended(migration, "destination") or not migration.destination.qemu_alive():
         return "ended"
     return location
 
@@ -174,16 +225,20 @@ async def _reconnect(migration: Migration) -> None:
 
 
 async def _detach(migration: Migration) -> None:
-    for attempt in (1, 2):
+    """A handler that was started just now holds nothing yet: it must adopt to let go."""
+    problem = ""
+    for _ in range(2):
+        if not (migration.directory.path / RECORD).exists():
+            return  # whoever let go has removed it last: nothing of ours is in QEMU
         try:
-            if attempt == 2:
-                await ensure_handler(migration)
+            await ensure_handler(migration)
+            await current_stats(migration)
             await migration.destination.call(
                 "qpc-detach", schema.Detach(), schema.Empty, DETACH_SECONDS
             )
             return
         except QpostcopyError as error:
-            problem = error
+            problem = str(error)
     if migration.destination.qemu_alive():
         migration.warn(
             f"a userfaultfd is left in the destination QEMU: {problem}; every page is placed, "

@@ -18,7 +18,7 @@ from qpostcopy.migration import (
     TroubleError,
     together,
 )
-from qpostcopy.preflight import judge
+from qpostcopy.preflight import judge, remark
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
 from qpostcopy.report import FindingReport
@@ -96,7 +96,6 @@ async def inspect(migration: Migration) -> None:
         process = Process(pid=facts.pid, start_ticks=facts.pid_start_ticks)
         directory.update_side(role, qemu=process, version=facts.qemu_version)
     directory.update(
-        was_running=source.running,
         ram_bytes=sum(block.size_bytes for block in source.blocks),
         unshared_bytes=source.unshared_bytes,
     )
@@ -116,8 +115,9 @@ async def refuse_second_migration(migration: Migration) -> None:
 
 
 async def judge_both_sides(migration: Migration) -> None:
-    """Refuse if anything speaks against it, with all that does."""
-    findings = judge(migration.plan, migration.facts["source"], migration.facts["destination"])
+    """Refuse if anything speaks against it, with all that does; else tell what is odd."""
+    both = migration.facts["source"], migration.facts["destination"]
+    findings = judge(*both)
     if findings:
         raise PreflightRefusedError(
             [
@@ -127,6 +127,8 @@ async def judge_both_sides(migration: Migration) -> None:
                 for found in findings
             ]
         )
+    for found in remark(*both):
+        migration.warn(f"{found.side}: {found.message} [{found.code}]; {found.remedy}")
 
 
 async def compile_push_order(migration: Migration) -> None:
@@ -162,7 +164,7 @@ async def hold_destination(migration: Migration) -> None:
 async def attach(migration: Migration) -> None:
     """Userfaultfd into the destination, all RAM registered and punched empty."""
     directory, policy = migration.directory, migration.plan.profile.fault
-    directory.update(userfaultfds_before=migration.facts["destination"].userfaults)
+    directory.update(attach_sent=True)
     forbidden = {
         schema.FileIdentity(device=block.device, inode=block.inode)
         for block in migration.facts["source"].blocks

@@ -8,7 +8,8 @@ After the commit, `repair` and `settle_guest`: the guest belongs to the
 destination; companions are restarted, a new session of lanes is opened, and a
 `cont` whose reply was lost is settled by asking. The source gets no `cont` any
 more, with one exception that `take_back_commit` proves to be none: the
-destination died before it was sent its `cont`, so it has not run and never will.
+destination died, or refused its `cont` and was killed, before it can have run the
+guest; so it has not and never will.
 
 All of it works from state.json, for a controller that was there and for one
 that was started by `resume`.
@@ -28,6 +29,7 @@ from qpostcopy.migration import (
     guest_ended,
     now_seconds,
     together,
+    who_ended,
 )
 from qpostcopy.phases import Phase
 from qpostcopy.prepare import (
@@ -37,20 +39,30 @@ from qpostcopy.prepare import (
     set_capability_states,
 )
 from qpostcopy.qmp import schema
-from qpostcopy.qmp.connection import CommandError
 from qpostcopy.report import Location
 from qpostcopy.side import Role
-from qpostcopy.switchover import announce_commit, note_resumed, send_cont, serve_pages
+from qpostcopy.switchover import (
+    ContRefusedError,
+    announce_commit,
+    note_resumed,
+    send_cont,
+    serve_pages,
+)
 
 log = logging.getLogger(__name__)
 
-SETTLE_SECONDS = 15.0
+#: A QEMU on slow storage stands still for seconds; a source that stays stopped is worse.
+SETTLE_SECONDS = 30.0
 #: QEMU has no event for "the source's own attempt to start again is over".
 _SETTLE_POLL_SECONDS = 0.05
 DETACH_SECONDS = 30.0
 #: MIGRATION states in which `migrate_cancel` has something to end.
 _ACTIVE = frozenset({"setup", "active", "device", "pre-switchover", "wait-unplug"})
 _UNSETTLED = _ACTIVE | {"cancelling"}
+#: Run states that are the guest's own doing (or its disk's): `cont` would not put it back.
+_GUESTS_OWN_STATES = frozenset(
+    {"shutdown", "suspended", "guest-panicked", "io-error", "internal-error", "watchdog"}
+)
 
 
 class SourceLostError(StateLostError):
@@ -89,7 +101,7 @@ async def _clear_destination(migration: Migration) -> None:
             return
         except QpostcopyError as error:
             log.warning("the destination cannot be put back to waiting: %s", error)
-    if state.incoming_sent or state.userfaultfds_before is not None:
+    if state.incoming_sent or state.attach_sent:
         await migration.destination.kill_qemu()
         migration.say("info", "the destination QEMU was ended; start it again to try again")
     else:
@@ -102,54 +114,79 @@ async def _release_destination(migration: Migration) -> None:
     if not state.stop_sent:
         return
     await migration.destination.ensure(monitor=True)
-    if state.userfaultfds_before is not None:
+    if state.attach_sent:
         await migration.destination.call(
             "qpc-detach", schema.Detach(), schema.Empty, DETACH_SECONDS
         )
     await restore_capabilities(migration, "destination")
-    # `cont` while `inmigrate` only sets autostart again, as it was before our `stop`.
+    await _restore_autostart(migration)
+
+
+async def _restore_autostart(migration: Migration) -> None:
+    """`cont` while `inmigrate` only sets autostart again, unless it was off before our `stop`."""
+    arguments = migration.destination.qemu_arguments()
+    if not arguments:
+        migration.warn("the destination QEMU is left without autostart: was it started with -S?")
+        return
+    if {"-S", "--S"} & set(arguments):
+        return
     status = await migration.destination.query("query-status", QUERY_SECONDS)
     if status.get("status") == "inmigrate":
         await migration.destination.execute("cont", None, COMMAND_SECONDS)
 
 
 async def _restore_source(migration: Migration) -> Location:
+    """The source runs again, if it ran; what cannot be put back there costs a warning."""
     state = migration.state
     if state.source.qemu is None:
         return "source"  # not even looked at
     if await guest_ended(migration, "source"):
         return "ended"
+    if not migration.source.qemu_alive():
+        raise _source_lost(migration, f"its process has ended{who_ended(migration, 'source')}")
     try:
-        if state.source.capabilities is None and not state.migrate_sent:
-            return "source"  # nothing was changed there
-        await migration.source.ensure(monitor=True)
         if state.migrate_sent:
             await _settle_source(migration)
-        await _restore_settings(migration, "source")
     except QpostcopyError as error:
+        if await guest_ended(migration, "source"):
+            return "ended"
         raise _source_lost(migration, str(error)) from error
+    if state.source.capabilities is not None:
+        await _restore_settings(migration, "source")
     return "source"
 
 
 async def _settle_source(migration: Migration) -> None:
-    """Cancel, wait until QEMU has done what it does by itself, then `cont` if need be."""
+    """Cancel, wait until QEMU has done what it does by itself, then `cont` if need be.
+
+    Whatever fails may work in a moment: a page server that was just started has no monitor
+    yet, QEMU itself may say "Migration is not finalized yet". So all is asked again, until
+    the time is over or there is no QEMU any more.
+    """
     deadline = now_seconds() + SETTLE_SECONDS
-    cancelled = False
     while True:
-        problem = "no answer"
         try:
-            moved = await migration.source.query("query-migrate", QUERY_SECONDS)
-            problem = f"its migration is {moved.get('status')}"
-            if moved.get("status") in _ACTIVE and not cancelled:
-                await migration.source.execute("migrate_cancel", None, COMMAND_SECONDS)
-                cancelled = True
-            elif moved.get("status") not in _UNSETTLED and await _runs_as_before(migration):
+            await migration.source.ensure()
+            problem = await _settle_once(migration)
+            if not problem:
                 return
-        except (CommandError, OutcomeUnknownError) as error:
-            problem = str(error)  # e.g. "Migration is not finalized yet": ask again
+        except QpostcopyError as error:
+            problem = str(error)
         if now_seconds() > deadline:
             raise QpostcopyError(f"within {SETTLE_SECONDS:g} s it did not settle: {problem}")
+        if not migration.source.qemu_alive():
+            raise QpostcopyError(f"its process has ended{who_ended(migration, 'source')}")
         await asyncio.sleep(_SETTLE_POLL_SECONDS)
+
+
+async def _settle_once(migration: Migration) -> str:
+    """One look and the act that follows from it. What is not settled yet, or nothing."""
+    moved = await migration.source.query("query-migrate", QUERY_SECONDS)
+    if moved.get("status") in _ACTIVE:
+        await migration.source.execute("migrate_cancel", None, COMMAND_SECONDS)
+    if moved.get("status") in _UNSETTLED:
+        return f"its migration is {moved.get('status')}"
+    return "" if await _runs_as_before(migration) else "it does not run after `cont`"
 
 
 async def _runs_as_before(migration: Migration) -> bool:
@@ -159,26 +196,29 @@ async def _runs_as_before(migration: Migration) -> bool:
     status = await migration.source.query("query-status", QUERY_SECONDS)
     if status.get("running") is True:
         return True
-    if status.get("status") in ("shutdown", "suspended", "guest-panicked"):
-        return True  # the guest's own doing meanwhile
+    if status.get("status") in _GUESTS_OWN_STATES:
+        migration.warn(f"the guest is {status.get('status')} at the source, by its own doing")
+        return True
     await migration.source.execute("cont", None, COMMAND_SECONDS)
     status = await migration.source.query("query-status", QUERY_SECONDS)
     return status.get("running") is True
 
 
 def _source_lost(migration: Migration, why: str) -> SourceLostError:
-    alive = migration.source.qemu_alive()
     process = migration.source.qemu
     pid = process.pid if process else "?"
-    left = f"still exists (pid {pid})" if alive else "is gone, and with it the VM's memory"
-    remedy = (
-        "the destination is gone and cannot run: connect to the source's QMP, see query-status, "
-        "and `cont` it by hand"
-        if alive
-        else "start the VM anew from its disk"
-    )
+    if not migration.source.qemu_alive():
+        return SourceLostError(
+            f"before the commit the source QEMU (pid {pid}) was lost, and with it the VM's "
+            f"memory: {why}",
+            remedy="start the VM anew from its disk",
+        )
     return SourceLostError(
-        f"rolled back, but the source QEMU {left}, and does not run: {why}", remedy=remedy
+        f"the destination cannot run, but the source QEMU (pid {pid}) does not run again yet: "
+        f"{why}",
+        remedy=f"try again with `qpostcopy resume {migration.state.migration_id}`; or by hand at "
+        "the source's QMP: query-migrate, `migrate_cancel` if that is active or pre-switchover, "
+        "then `cont`",
     )
 
 
@@ -195,6 +235,7 @@ async def restore_capabilities(migration: Migration, role: Role) -> None:
 async def _restore_settings(migration: Migration, role: Role) -> None:
     """Capabilities and parameters. Failing costs a warning, not the VM."""
     try:
+        await migration.side(role).ensure(monitor=True)
         await restore_capabilities(migration, role)
         if parameters := migration.state.side(role).parameters:
             await migration.side(role).execute(
@@ -218,14 +259,31 @@ async def take_back_commit(migration: Migration) -> bool:
 
     Then nothing but the source has ever run this guest, and nothing else ever can.
     """
-    state, process = migration.state, migration.destination.qemu
-    never_started = migration.machine.phase is Phase.SWITCHOVER and not state.cont_sent
-    if not never_started or process is None:
+    process = migration.destination.qemu
+    if not never_started(migration) or process is None:
         return False
     if not await asyncio.to_thread(process.wait_gone, 0.0):
         return False
     migration.directory.erase_commit()
     return True
+
+
+def never_started(migration: Migration) -> bool:
+    """Whether the guest cannot have run at the destination: no `cont` can have been executed."""
+    return migration.machine.phase is Phase.SWITCHOVER and not migration.state.cont_sent
+
+
+async def give_up_destination(migration: Migration) -> bool:
+    """End a destination that will not run the guest, so that the source may. Whether that is done.
+
+    The record is erased only once the process is proven gone.
+
+    :raise NotProvenGoneError: it is still there; the record stands.
+    """
+    if not never_started(migration):
+        return False
+    await migration.destination.kill_qemu()
+    return await take_back_commit(migration)
 
 
 # --- after the commit ---------------------------------------------------------------------
@@ -296,6 +354,7 @@ async def settle_guest(migration: Migration) -> None:
     `paused` after the commit, with no RESUME known, means that `cont` never arrived.
 
     :raise GuestUnsettledError: QEMU does not answer; its main loop may wait for a page.
+    :raise ContRefusedError: it will not run the guest, and never did.
     """
     if not migration.state.was_running or migration.state.resumed_seconds is not None:
         return
@@ -306,6 +365,8 @@ async def settle_guest(migration: Migration) -> None:
             await send_cont(migration)
         elif status.get("running") is not True:
             return  # a state of the guest's own: shutdown, suspended, guest-panicked
+    except ContRefusedError:
+        raise
     except QpostcopyError as error:
         raise GuestUnsettledError(
             f"it is not known yet whether the guest runs at the destination: {error}"

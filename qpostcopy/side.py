@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from qpostcopy.environment import LOG_LEVEL_VARIABLE
 from qpostcopy.errors import QpostcopyError, StateLostError
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
@@ -47,8 +48,6 @@ RECONNECT_SECONDS = 3.0
 KILL_COMMAND_SECONDS = 2.0
 GONE_SECONDS = 15.0
 QUIT_SECONDS = 3.0
-#: Of this process and of those it starts.
-LOG_LEVEL_VARIABLE = "QPOSTCOPY_LOG_LEVEL"
 
 
 class CompanionStartError(QpostcopyError):
@@ -135,6 +134,8 @@ class Side:
     async def ensure(self, *, monitor: bool = False) -> bool:
         """Be connected to a living companion. Whether a new one was started for that.
 
+        On return state.json names QEMU's process.
+
         :param monitor: one that has lost its QEMU's monitor will not do.
 
         :raise CompanionStartError: it could not be started.
@@ -201,6 +202,19 @@ class Side:
         """Whether this side's QEMU process exists (True while its pid is not known yet)."""
         return self.qemu is None or self.qemu.alive()
 
+    def qemu_arguments(self) -> tuple[str, ...]:
+        """QEMU's command line; empty if it cannot be read (any more)."""
+        try:
+            line = Path(f"/proc/{self.qemu.pid}/cmdline").read_bytes() if self.qemu else b""
+        except OSError:
+            return ()
+        return tuple(os.fsdecode(line).split("\0")[:-1])
+
+    async def answers(self, within_seconds: float) -> bool:
+        """Whether the companion says a word; one that lives may hang all the same."""
+        client = self._client
+        return client is not None and await self._answers(client, False, within_seconds)
+
     async def quit(self) -> None:
         """End the companion: by request, else by SIGKILL. Never fails."""
         with suppress(QpostcopyError):
@@ -230,9 +244,11 @@ class Side:
             raise ConnectionLostError(f"the {self.name} is not connected")
         return self._client
 
-    async def _answers(self, client: EndpointClient, monitor: bool) -> bool:
+    async def _answers(
+        self, client: EndpointClient, monitor: bool, within_seconds: float = RECONNECT_SECONDS
+    ) -> bool:
         try:
-            hello = await client.call("qpc-hello", schema.Empty(), schema.Hello, RECONNECT_SECONDS)
+            hello = await client.call("qpc-hello", schema.Empty(), schema.Hello, within_seconds)
         except QpostcopyError as error:
             log.warning("the %s does not answer: %s", self.name, error)
             return False
@@ -259,9 +275,6 @@ class Side:
         return False
 
     async def _start(self) -> None:
-        restarts = self._directory.state.side(self.role).restarts
-        if self._directory.state.side(self.role).companion is not None:
-            restarts += 1
         ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
         try:
             self._child = self._spawn(ready_write)
@@ -269,12 +282,22 @@ class Side:
             os.close(ready_write)
         try:
             companion = Process.of(self._child.pid)
-            self._directory.update_side(self.role, companion=companion, restarts=restarts)
+            self._directory.update_side(self.role, companion=companion)
             await self._wait_ready(ready_read)
         finally:
             os.close(ready_read)
-        self._adopt(await EndpointClient.connect(self.control, RECONNECT_SECONDS))
+        client = await EndpointClient.connect(self.control, RECONNECT_SECONDS)
+        self._adopt(client)
+        await self._learn_qemu(client)
         log.info("%s is up (pid %d)", self.name, self._child.pid)
+
+    async def _learn_qemu(self, client: EndpointClient) -> None:
+        """Which process QEMU is: known from the first moment, so that its end is, too."""
+        if self.qemu is not None:
+            return
+        hello = await client.call("qpc-hello", schema.Empty(), schema.Hello, RECONNECT_SECONDS)
+        if hello.qemu_pid is not None and (qemu := Process.of(hello.qemu_pid)) is not None:
+            self._directory.update_side(self.role, qemu=qemu)
 
     def _spawn(self, ready_fd: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "qpostcopy", self.name]

@@ -27,6 +27,7 @@ from qpostcopy.process import Process
 from qpostcopy.qmp.schema import Model
 
 RUN_DIRECTORY = "/run/qpostcopy"
+CONTROL_SOCKET = "controller.sock"
 _ID = re.compile(r"^(?P<name>.+)-(?P<time>\d{8}T\d{6})$")
 
 
@@ -48,7 +49,6 @@ class SideState(Model):
     qmp: str
     qemu: Process | None = None
     companion: Process | None = None
-    restarts: int = 0
     version: str = ""
     capabilities: dict[str, bool] | None = None
     parameters: dict[str, int] | None = None
@@ -71,13 +71,14 @@ class MigrationState(Model):
     controller: Process | None = None
     phase: Phase = Phase.PREPARE
     phases: tuple[PhaseStamp, ...]
+    #: whether the guest ran when it was told to `migrate`
     was_running: bool | None = None
     source: SideState
     destination: SideState
     #: the destination may have been told `stop` while `inmigrate`
     stop_sent: bool = False
-    #: userfaultfds in QEMU before ours; None: ours was not injected
-    userfaultfds_before: tuple[int, ...] | None = None
+    #: the handler may have put a userfaultfd into the destination (its handler.json says more)
+    attach_sent: bool = False
     uffd_fd: int | None = None
     #: the destination may have been told `migrate-incoming`: it may have loaded something
     incoming_sent: bool = False
@@ -91,7 +92,7 @@ class MigrationState(Model):
     served_seconds: float | None = None
     #: the destination may have been told `cont`: its guest may have run
     cont_sent: bool = False
-    #: the destination's guest was shut down
+    #: the guest was shut down by itself, wherever it was
     guest_ended: bool = False
 
     def side(self, role: Literal["source", "destination"]) -> SideState:
@@ -99,8 +100,8 @@ class MigrationState(Model):
 
 
 def run_directory() -> Path:
-    """Where the state directories are."""
-    return Path(os.environ.get("QPOSTCOPY_RUN_DIR", RUN_DIRECTORY))
+    """Where the state directories are; absolute, for our processes work in `/`."""
+    return Path(os.environ.get("QPOSTCOPY_RUN_DIR", RUN_DIRECTORY)).absolute()
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -249,9 +250,16 @@ class StateDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do: a result that `resume` cannot improve."""
+        """Whether nothing is left to do: a result that `resume` cannot improve.
+
+        A rollback that failed is not the end while there is a source to bring back.
+        """
         result = self.read_result()
-        return result is not None and result.get("status") != "interrupted"
+        if result is None or result.get("status") == "interrupted":
+            return False
+        source = self.state.source.qemu
+        could_go_back = not self.committed and source is not None and source.alive()
+        return not (result.get("status") == "failed" and could_go_back)
 
     def controller_alive(self) -> bool:
         controller = self.state.controller

@@ -9,7 +9,7 @@ steps, recovery.py knows how to go on or back.
 
 Why it cannot end with both sides running: QEMU would start the destination by
 itself, so it is told `stop` while `inmigrate` and loads into `paused`. The only
-`cont` that the destination gets is in start_guest, after record_commit; the only
+`cont` that the destination gets is in send_cont, after record_commit; the only
 `cont` that the source gets is in recovery.py, when there is no record and the
 destination is proven gone or was not even told `migrate-incoming`.
 
@@ -35,6 +35,7 @@ from qpostcopy.migration import (
     trouble,
 )
 from qpostcopy.qmp import schema
+from qpostcopy.qmp.connection import CommandError
 from qpostcopy.side import Role
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,12 @@ ANNOUNCE_SECONDS = 1.0
 STREAM_SLACK_BYTES = 4 << 20
 
 #: Test hook, read here only: `STEP:before SIGNAL TARGET` (or `after`) sends a signal there,
-#: e.g. `confirm:before SIGKILL controller`; see _signal_for_test for the targets.
+#: e.g. `confirm:before SIGKILL controller`; several with `;`. _signal_for_test has the targets.
 TEST_SIGNAL_VARIABLE = "QPOSTCOPY_TEST_SIGNAL"
+
+
+class ContRefusedError(TroubleError):
+    """The destination has the guest, paused, and will not run it: it never has."""
 
 
 async def run_steps(migration: Migration, steps: Sequence[Step]) -> None:
@@ -64,9 +69,13 @@ async def run_steps(migration: Migration, steps: Sequence[Step]) -> None:
 
 
 def _signal_for_test(migration: Migration, place: str) -> None:
-    wanted = os.environ.get(TEST_SIGNAL_VARIABLE, "").split()
-    if len(wanted) != 3 or wanted[0] != place:
-        return
+    for one in os.environ.get(TEST_SIGNAL_VARIABLE, "").split(";"):
+        wanted = one.split()
+        if len(wanted) == 3 and wanted[0] == place:
+            _send_for_test(migration, wanted[1], wanted[2])
+
+
+def _send_for_test(migration: Migration, signal_name: str, target_name: str) -> None:
     state = migration.state
     targets = {
         "controller": state.controller,
@@ -75,8 +84,8 @@ def _signal_for_test(migration: Migration, place: str) -> None:
         "source": state.source.qemu,
         "destination": state.destination.qemu,
     }
-    if target := targets[wanted[2]]:
-        os.kill(target.pid, signal.Signals[wanted[1]])
+    if target := targets[target_name]:
+        os.kill(target.pid, signal.Signals[signal_name])
 
 
 # --- switchover ---------------------------------------------------------------------------
@@ -95,9 +104,14 @@ async def listen_for_device_state(migration: Migration) -> None:
 
 
 async def stop_source(migration: Migration) -> None:
-    """`migrate`, until QEMU has stopped the guest and drained its I/O: RAM is final."""
+    """`migrate`, until QEMU has stopped the guest and drained its I/O: RAM is final.
+
+    Whether the guest runs is asked now, for it may be long since it was looked at; the STOP
+    that QEMU then tells, or does not, is the last word on it.
+    """
+    status = await migration.source.query("query-status", QUERY_SECONDS)
     mark = migration.book.mark
-    migration.directory.update(migrate_sent=True)
+    migration.directory.update(migrate_sent=True, was_running=status.get("running") is True)
     await migration.source.execute("migrate", {"uri": device_state_uri(migration)}, COMMAND_SECONDS)
     await migration.wait(
         "the source's pre-switchover",
@@ -107,6 +121,8 @@ async def stop_source(migration: Migration) -> None:
     )
     # A guest that was paused already does not stop: no STOP, and no downtime.
     stop = migration.book.find(lambda seen: seen.is_("source", "STOP"), since=mark)
+    if migration.state.was_running is not (stop is not None):
+        migration.directory.update(was_running=stop is not None)
     if stop is not None:
         migration.directory.note(stopped_seconds=stop.event.received_seconds)
 
@@ -208,14 +224,26 @@ async def start_guest(migration: Migration) -> None:
 
 
 async def send_cont(migration: Migration) -> None:
-    """The one `cont` of the destination, recorded before it can have been executed."""
+    """The one `cont` of the destination, recorded before it can have been executed.
+
+    :raise ContRefusedError: QEMU said no, and no earlier one can have run the guest.
+    :raise OutcomeUnknownError: no reply.
+    """
+    sent_before = migration.state.cont_sent
     migration.directory.update(cont_sent=True)
     try:
         await migration.destination.execute("cont", None, COMMAND_SECONDS)
     except OutcomeUnknownError:
         raise
-    except QpostcopyError:
-        migration.directory.update(cont_sent=False)  # not sent, or sent and refused
+    except QpostcopyError as error:
+        # Not sent, or sent and refused: one whose reply was lost may still have run it.
+        migration.directory.update(cont_sent=sent_before)
+        if isinstance(error, CommandError) and not sent_before:
+            raise ContRefusedError(
+                "cont-refused",
+                f"the destination QEMU refused to run the guest: {error.desc}",
+                remedy="mend that, start a new destination QEMU, and migrate again",
+            ) from error
         raise
 
 

@@ -13,14 +13,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qpostcopy.errors import OutcomeUnknownError, QpostcopyError
+from qpostcopy.errors import OutcomeUnknownError, QpostcopyError, StateLostError
+from qpostcopy.process import Process
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.connection import CommandError, ConnectionLostError
 from qpostcopy.qmp.events import Event
 from qpostcopy.side import EventBook, NotProvenGoneError, Role
 from qpostcopy.state import StateDirectory
+from qpostcopy.uffd.registration import RECORD
 
 BLOCK_BYTES = 1 << 20
+#: Both are "process 1", told apart by their start times.
+TICKS: dict[str, int] = {"source": 1, "destination": 2}
 CAPABILITIES = (
     "x-ignore-shared",
     "events",
@@ -37,6 +41,7 @@ class FakeQemu:
         self.status = status
         self.migration = "none"
         self.autostart = True
+        self.arguments: tuple[str, ...] = ("qemu-system-x86_64", "-incoming", "defer")
         self.alive = True
         self.capabilities = dict.fromkeys(CAPABILITIES, False)
         self.parameters: dict[str, object] = {"max-bandwidth": 1 << 27, "downtime-limit": 300}
@@ -63,6 +68,8 @@ class World:
         self.stream_bytes = 200_000
         self.kill_works = True
         self.was_running = running
+        #: what hangs: a companion that lives and says nothing, until `ensure` replaces it
+        self.hung: set[str] = set()
 
     def qemu(self, role: str) -> FakeQemu:
         return self.source if role == "source" else self.destination
@@ -115,11 +122,23 @@ class FakeSide:
     def qemu_alive(self) -> bool:
         return self.world.qemu(self.role).alive
 
+    def qemu_arguments(self) -> tuple[str, ...]:
+        return self.world.qemu(self.role).arguments
+
+    async def answers(self, within_seconds: float) -> bool:
+        return self.up and self.role not in self.world.hung
+
     async def ensure(self, *, monitor: bool = False) -> bool:
-        started, self.up = not self.up, True
-        if started:
-            await self._run("ensure", lambda: None)
-        return started
+        if self.role in self.world.hung:
+            self.world.hung.discard(self.role)
+            self.up = self.attached = False
+        if self.up:
+            return False
+        await self._run("ensure", lambda: None)
+        self.up = True
+        if self.qemu is None:
+            self.directory.update_side(self.role, qemu=Process(pid=1, start_ticks=TICKS[self.role]))
+        return True
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, timeout_seconds: float = 30
@@ -139,12 +158,12 @@ class FakeSide:
     async def kill_qemu(self) -> None:
         await self._run("kill", lambda: None)
         if not self.world.kill_works:
-            raise NotProvenGoneError("it does not end")
+            raise NotProvenGoneError("it does not end", remedy="find out why")
         self.world.qemu(self.role).alive = False
 
     async def quit(self) -> None:
         self.quits += 1
-        self.up = False
+        self.up = self.attached = False
 
     async def hang_up(self) -> None:
         self.hung_up = True
@@ -259,15 +278,24 @@ class FakeSide:
     def do_qpc_inspect(self, _: Mapping[str, Any]) -> object:
         return facts(self.role, self.world.qemu(self.role))
 
+    @property
+    def _record(self) -> Path:
+        return self.directory.path / RECORD
+
     def do_qpc_attach(self, _: Mapping[str, Any]) -> object:
+        self._record.touch()
         self.attached = True
         return schema.Attached(uffd_fd=33, ranges=1, registered_bytes=BLOCK_BYTES)
 
     def do_qpc_adopt(self, arguments: Mapping[str, Any]) -> object:
         assert arguments["uffd_fd"] == 33
+        if not self._record.exists():
+            raise StateLostError("nothing to adopt")
         return self.do_qpc_attach(arguments)
 
     def do_qpc_detach(self, _: Mapping[str, Any]) -> object:
+        if self.attached:
+            self._record.unlink()
         self.attached = False
         return schema.Empty()
 
@@ -315,7 +343,7 @@ def facts(role: Role, qemu: FakeQemu) -> schema.SideFacts:
         role=role,
         host="local",
         pid=1,
-        pid_start_ticks=1 if role == "source" else 2,
+        pid_start_ticks=TICKS[role],
         uid=0,
         machine="pc-q35-7.2",
         qemu_version="7.2.22",

@@ -7,45 +7,34 @@ that never both run. What a real QEMU can be made to do is in tests/vm.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qpostcopy import controller as controller_module
-from qpostcopy import postcopy, recovery, switchover
-from qpostcopy.config import load_plan
+from qpostcopy import postcopy
 from qpostcopy.controller import AbortRefusedError, Controller
 from qpostcopy.errors import OutcomeUnknownError, QpostcopyError
-from qpostcopy.migration import Step, TroubleError
+from qpostcopy.migration import TroubleError
 from qpostcopy.phases import Phase
 from qpostcopy.preflight import Finding
-from qpostcopy.prepare import PREPARE
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
-from qpostcopy.qmp.connection import CommandError
-from qpostcopy.state import StateDirectory
-from qpostcopy.switchover import SWITCHOVER
-from tests.fake_world import World, write_plan
-
-SECONDS = 20.0
-BEFORE_COMMIT = [step.__name__ for step in (*PREPARE, *SWITCHOVER)]
-Act = Callable[[], Any]
-
-
-@dataclass
-class Run:
-    """A migration that was run."""
-
-    result: dict[str, Any]
-    directory: StateDirectory
-    messages: list[dict[str, Any]]
-
-    @property
-    def ended(self) -> tuple[str, int, str]:
-        return self.result["status"], self.result["rc"], self.result["vm_location"]
+from tests.controller_runs import (
+    BEFORE_COMMIT,
+    SECONDS,
+    Act,
+    Killed,
+    fail,
+    hang,
+    is_back,
+    make_miniature,
+    migrate,
+    replace_step,
+    start,
+)
+from tests.fake_world import World
 
 
 @pytest.fixture
@@ -55,64 +44,7 @@ def world() -> World:
 
 @pytest.fixture(autouse=True)
 def miniature(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Miniature sides, no preflight, short limits."""
-    monkeypatch.setenv("QPOSTCOPY_RUN_DIR", str(tmp_path / "run"))
-    monkeypatch.setattr(controller_module, "Side", world.make_side)
-    monkeypatch.setattr("qpostcopy.prepare.judge", lambda *_: [])
-    monkeypatch.setattr(switchover, "LOAD_SECONDS", 0.2)
-    monkeypatch.setattr(switchover, "STOP_SECONDS", 0.2)
-    monkeypatch.setattr(recovery, "SETTLE_SECONDS", 0.5)
-    monkeypatch.setattr(postcopy, "_BACKOFF_SECONDS", 0.001)
-
-
-def start(tmp_path: Path, **options: str) -> StateDirectory:
-    plan = load_plan(write_plan(tmp_path / "plan.yaml", **options))
-    return StateDirectory.create(
-        plan.name,
-        plan_text=plan.to_yaml(),
-        profile=plan.profile_name,
-        source_qmp=plan.source.qmp,
-        destination_qmp=plan.destination.qmp,
-    )
-
-
-def migrate(
-    directory: StateDirectory,
-    *,
-    resuming: bool = False,
-    meanwhile: Callable[[Controller], Any] | None = None,
-) -> Run:
-    """Run a controller to its end."""
-
-    async def body() -> Run:
-        plan = load_plan(directory.path / "plan.yaml")
-        controller = Controller(StateDirectory.open(directory.path), plan, resuming=resuming)
-        messages: list[dict[str, Any]] = []
-        controller._endpoint.emit = (  # type: ignore[method-assign]
-            lambda event: messages.append(event.model_dump()["message"])
-        )
-        if meanwhile is not None:
-            meanwhile(controller)
-        async with asyncio.timeout(SECONDS):
-            await controller.run()
-        result = directory.read_result()
-        assert result is not None
-        return Run(result, StateDirectory.open(directory.path), messages)
-
-    return asyncio.run(body())
-
-
-def is_back(world: World) -> None:
-    """The guest runs at the source as before; the destination waits as before, or is dead."""
-    assert world.source.running
-    assert not any(world.source.capabilities.values())
-    assert world.source.parameters == {"max-bandwidth": 1 << 27, "downtime-limit": 300}
-    if world.destination.alive:
-        assert world.destination.status == "inmigrate"
-        assert world.destination.autostart
-        assert not any(world.destination.capabilities.values())
-        assert not world.sides["destination"].attached
-    assert all(side.quits for side in world.sides.values())
+    make_miniature(world, tmp_path, monkeypatch)
 
 
 # --- all well -----------------------------------------------------------------------------
@@ -163,6 +95,7 @@ def test_the_commands_come_in_the_order_that_makes_it_safe(world: World, tmp_pat
         ("source", "migrate-continue"),
         ("destination", "qpc-committed"),
         ("destination", "cont"),
+        ("destination", "qpc-committed"),  # whoever is to detach is told first, old or new
         ("destination", "qpc-detach"),
         ("source", "quit"),
     ]
@@ -490,20 +423,6 @@ def test_resume_after_the_destinations_death_too(
         is_back(world)
 
 
-def test_a_cont_that_is_refused_is_not_taken_back(world: World, tmp_path: Path) -> None:
-    """A living destination may be started yet: it is asked again, the source never runs."""
-    refusals = iter([CommandError("cont", "GenericError", "no lock"), None])
-
-    def refuse(world: World, act: Act) -> object:
-        error = next(refusals)
-        return fail(error) if error else act()
-
-    world.faults["destination", "cont"] = refuse
-    run = migrate(start(tmp_path))
-    assert run.ended == ("completed", 0, "destination")
-    assert world.got("source", "cont") == 0
-
-
 def test_a_cont_that_is_never_answered_ends_interrupted(world: World, tmp_path: Path) -> None:
     hang(world, "destination", "cont")
     run = migrate(start(tmp_path))
@@ -561,7 +480,7 @@ def test_a_new_handler_adopts(world: World, tmp_path: Path) -> None:
     assert run.ended == ("completed", 0, "destination")
     assert world.got("destination", "qpc-adopt") == 1
     assert world.got("destination", "qpc-attach") == 1
-    assert world.got("destination", "qpc-committed") == 2
+    assert world.got("destination", "qpc-committed") == 3
 
 
 def test_repairs_are_bounded_and_then_resume_goes_on(world: World, tmp_path: Path) -> None:
@@ -619,10 +538,6 @@ def test_a_bug_after_the_commit_is_interrupted(
 # --- resume -------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """The controller is gone, in the midst of what it did."""
-
-
 #: Between any two steps; what follows record_commit is "before announce_commit".
 PLACES = [(step, after) for step in BEFORE_COMMIT for after in (False, True)][:-1]
 PLACES += [("announce_commit", False), ("announce_commit", True), ("start_guest", True)]
@@ -666,49 +581,3 @@ def test_a_controller_killed_after_the_switchover_is_resumed(
     assert world.got("destination", "cont") == 1
     assert not world.source.alive
     assert run.result["pages"]["total"] == 256
-
-
-# --- helpers ------------------------------------------------------------------------------
-
-
-def replace_step(
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    what: BaseException | Callable[[], Any],
-    *,
-    after: bool = True,
-) -> None:
-    """Make a step raise, or do something else, after (or before) it has done its work."""
-
-    def wrap(step: Step) -> Step:
-        async def replaced(migration: Any) -> None:
-            if after:
-                await step(migration)
-            if isinstance(what, BaseException):
-                raise what
-            await what()
-            if not after:
-                await step(migration)
-
-        replaced.__name__ = step.__name__
-        return replaced
-
-    for module, steps in (
-        (controller_module, "PREPARE"),
-        (controller_module, "SWITCHOVER"),
-        (controller_module, "COMMIT"),
-    ):
-        listed = getattr(module, steps)
-        new = tuple(wrap(step) if step.__name__ == name else step for step in listed)
-        monkeypatch.setattr(module, steps, new)
-
-
-def hang(world: World, role: str, command: str) -> None:
-    async def wait() -> None:
-        await asyncio.sleep(SECONDS)
-
-    world.faults[role, command] = lambda _world, _act: wait()
-
-
-def fail(error: BaseException) -> object:
-    raise error

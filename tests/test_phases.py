@@ -27,7 +27,14 @@ def test_every_phase_before_the_commit_can_be_rolled_back() -> None:
 
 def test_interrupted_is_not_the_end() -> None:
     assert Phase.INTERRUPTED not in TERMINAL
+    assert Phase.INTERRUPTED not in TRANSITIONS[Phase.SWITCHOVER], "it may still go back"
     assert Phase.POSTCOPY in TRANSITIONS[Phase.INTERRUPTED]
+
+
+def test_a_rollback_that_failed_can_be_tried_again() -> None:
+    assert Phase.ROLLBACK_FAILED not in TERMINAL
+    assert {Phase.ROLLED_BACK, Phase.ROLLBACK_FAILED} <= TRANSITIONS[Phase.ROLLBACK_FAILED]
+    assert COMMIT[1] not in TRANSITIONS[Phase.ROLLBACK_FAILED], "it was never committed"
 
 
 def test_set_tells_after_the_change() -> None:

@@ -161,6 +161,22 @@ def test_only_interrupted_results_can_be_improved(status: str, unfinished: bool)
     assert (other_migration_of(second) is not None) is unfinished
 
 
+def test_a_rollback_that_failed_is_not_the_end_while_the_source_lives() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        directory = create()
+        directory.update_side("source", qemu=Process.of(child.pid))
+        directory.write_result({"status": "failed"})
+        assert not directory.finished
+        directory.record_commit()
+        assert directory.finished, "failed after the commit: nothing can be done"
+        directory.erase_commit()
+    finally:
+        child.kill()
+        child.wait()
+    assert directory.finished
+
+
 def test_write_durably_replaces_whole(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old and longer")

@@ -122,6 +122,10 @@ def test_codes_of_errors(error: Exception, code: str) -> None:
         ("second:before SIGKILL controller", [(11, signal.SIGKILL, ["first"])]),
         ("second:after SIGSTOP handler", [(22, signal.SIGSTOP, ["first", "second"])]),
         ("second:after SIGSTOP destination", []),
+        (
+            "second:before SIGSTOP handler; second:after SIGKILL controller",
+            [(22, signal.SIGSTOP, ["first"]), (11, signal.SIGKILL, ["first", "second"])],
+        ),
         ("third:after SIGKILL controller", []),
         ("", []),
     ],

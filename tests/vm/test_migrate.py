@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +123,40 @@ def test_on_to_a_third_qemu(directory: Path) -> None:
         assert status(scene.destination) == "running"
 
 
+def test_a_state_directory_below_a_relative_path(scene: Scene, directory: Path) -> None:
+    """Our processes work in `/`, and still mean the same place."""
+    environment = scene.environment() | {"QPOSTCOPY_RUN_DIR": "run"}
+    command = [sys.executable, "-m", "qpostcopy", "migrate", str(scene.plan), "--json"]
+    done = subprocess.run(
+        command, env=environment, cwd=directory, capture_output=True, text=True, timeout=90
+    )
+    ended = Ended(done.returncode, done.stdout, done.stderr)
+    assert ended.ended == ("completed", 0, "destination"), scene.logs()
+    scene.assert_moved()
+
+
+# --- the eyes of these tests --------------------------------------------------------------
+
+
+async def run_unseen(qmp: Path) -> None:
+    """The guest runs, and its observer has read nothing of that."""
+    monitor = await Monitor.connect(qmp)
+    try:
+        await monitor.execute("cont")
+    finally:
+        await monitor.close()
+
+
+def test_a_dead_vm_is_still_known_to_have_run(directory: Path) -> None:
+    """All the tests of "never both" rest on this: SIGKILL does not hide a RESUME."""
+    with Scene(directory, running=False) as scene:
+        asyncio.run(run_unseen(scene.source.qmp_path))
+        scene.source.signal(signal.SIGKILL)
+        wait_until(lambda: not scene.source.alive, "it is gone")
+        assert resumes(scene.source) == 1
+        assert status(scene.source) == "gone"
+
+
 # --- refused ------------------------------------------------------------------------------
 
 
@@ -130,6 +167,23 @@ def test_check_and_dry_run_change_nothing(scene: Scene) -> None:
         assert ended.result["status"] == "ready"
     assert not scene.run_directory.exists() or not list(scene.run_directory.iterdir())
     scene.assert_back()
+
+
+def test_check_tells_of_a_profile_that_does_not_fit(scene: Scene) -> None:
+    text = "profile: {version: 1, name: far, push: [{range: {start: 33MiB}}]}\n"
+    scene.plan.write_text(scene.plan.read_text() + text)
+    ended = scene.run("check", str(scene.plan), "--json")
+    assert (ended.rc, ended.result["error"]["code"]) == (2, "schedule"), ended.out
+    assert "push[0].range.start" in ended.err
+    scene.assert_back()
+
+
+def test_check_warns(scene: Scene) -> None:
+    """Memory that the destination has already is only said."""
+    os.pwrite(scene.destination.ram_fd("ram0"), b"x" * MIB, 8 * MIB)
+    ended = scene.run("check", str(scene.plan), "--json")
+    assert ended.ended == ("ready", 0, "source"), ended.err
+    assert [w["code"] for w in ended.result["warnings"]] == ["destination-prealloc"]
 
 
 def test_a_destination_that_runs_is_refused(directory: Path, scene: Scene) -> None:
@@ -205,6 +259,60 @@ def test_a_signal_before_the_commit_cancels(scene: Scene, number: signal.Signals
     scene.destination.signal(signal.SIGCONT)
     assert ended.ended == ("cancelled", rc, "source"), scene.logs()
     scene.assert_back()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after_ms", [150, 250, 350, 450])
+def test_a_signal_in_the_first_half_second(
+    scene: Scene, number: signal.Signals, after_ms: int
+) -> None:
+    """Whatever the exit code says, it is so: nothing goes on that it does not tell of."""
+    hold_back(scene)
+    viewer = scene.start_migrate()
+    time.sleep(after_ms / 1000)  # not a state: a moment is what this is about
+    viewer.send_signal(number)
+    ended = finish(viewer)
+    scene.destination.signal(signal.SIGCONT)
+    assert ended.rc in (128 + number, -number), ended.out + ended.err
+    if scene.run_directory.exists():
+        assert ended.ended == ("cancelled", 128 + number, "source"), scene.logs()
+    scene.assert_back()
+
+
+def test_a_viewer_killed_in_the_first_moments(scene: Scene) -> None:
+    """A controller that was not told to go never goes."""
+    viewer = scene.start_migrate()
+    wait_until(lambda: bool(list(scene.run_directory.glob("*/controller.log"))), "it begins")
+    viewer.send_signal(signal.SIGKILL)
+    finish(viewer)
+    scene.assert_nothing_left()
+    assert scene.state.read_result() is None, scene.logs()
+    assert not (scene.state.path / "page-server.log").exists()
+    scene.assert_back()
+
+
+def test_a_controller_that_hangs(directory: Path) -> None:
+    """status says so, abort names the place, resume takes over and brings it to its end."""
+    with Scene(directory, push="2MiB/s") as scene:
+        scene.fill(1)
+        viewer = scene.start_migrate()
+        read_until_phase(viewer, "postcopy")
+        controller = scene.state.state.controller
+        assert controller is not None
+        os.kill(controller.pid, signal.SIGSTOP)
+        told = json.loads(scene.run("status", "t", "--json").out)
+        assert (told["controller"], told["vm_location"]) == ("silent", "destination")
+        assert "takes over" in told["message"]
+        aborted = scene.run("abort", "t", "--json")
+        assert aborted.ended == ("error", 1, "destination")
+        assert "VM at: destination; abort is not possible" in aborted.err
+        ended = scene.run("resume", "t", "--json")
+        assert ended.ended == ("completed", 0, "destination"), scene.logs()
+        assert not controller.alive()
+        # Its viewer recovers at the same time: one of the two starts, the other one watches.
+        assert finish(viewer).rc == 0
+        scene.assert_same_ram()
+        scene.assert_moved()
 
 
 def test_abort_from_elsewhere(scene: Scene) -> None:

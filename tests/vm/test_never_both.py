@@ -6,7 +6,14 @@ rollback the destination has never had one; after a commit the source has none.
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import json
+import os
+import signal
+import struct
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,15 +22,24 @@ import pytest
 from qpostcopy.prepare import PREPARE
 from qpostcopy.switchover import COMMIT, SWITCHOVER
 from tests.qmp.support import private_directory
-from tests.vm.scene import Scene, resumes, status
+from tests.vm.scene import (
+    MIB,
+    Scene,
+    assert_clean,
+    finish,
+    resumes,
+    status,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
 STEPS = [step.__name__ for step in (*PREPARE, *SWITCHOVER, *COMMIT)]
 #: One place is enough between two steps; these few also in the quick run.
 PLACES = [f"{step}:before" for step in STEPS] + ["start_guest:after"]
-QUICK = {"attach:before", "load_device_state:before", "announce_commit:before"}
+QUICK = {"attach:before", "load_device_state:before", "announce_commit:before", "inspect"}
 COMMITTED = {"announce_commit:before", "start_guest:before", "start_guest:after"}
+STALL_SECONDS = 3.0
 LOADING = ["stop_source", "serve_pages", "load_device_state", "confirm"]
 
 
@@ -143,7 +159,70 @@ def test_a_companion_killed_at_the_record(scene: Scene, target: str) -> None:
         scene.assert_back()
 
 
-def test_a_source_killed_while_it_stops_is_told(scene: Scene) -> None:
-    ended = scene.migrate(at="load_device_state:before SIGKILL source")
+@pytest.mark.parametrize(
+    "step", places(["inspect", "hold_destination", "attach", "open_lanes", "load_device_state"])
+)
+def test_a_source_that_is_killed_is_told(scene: Scene, step: str) -> None:
+    """Whenever it happens: the VM is gone, and nobody says that it runs at the source."""
+    ended = scene.migrate(at=f"{step}:before SIGKILL source")
     assert ended.ended == ("failed", 11, "ended"), scene.logs()
-    assert not scene.destination.alive
+    if step == "load_device_state":
+        assert not scene.destination.alive
+    else:
+        assert status(scene.destination) == "inmigrate", scene.logs()
+        assert_clean(scene.destination)
+    scene.assert_nothing_left()
+
+
+def test_a_page_server_killed_while_the_source_stalls(scene: Scene) -> None:
+    """The new page server has no monitor for a while: the source is asked until it answers."""
+
+    def wake() -> None:
+        wait_until(lambda: is_stopped(scene.source.pid), "the source QEMU is stopped")
+        time.sleep(STALL_SECONDS)  # nothing to wait for: this is the stall
+        os.kill(scene.source.pid, signal.SIGCONT)
+
+    waking = threading.Thread(target=wake)
+    waking.start()
+    try:
+        ended = scene.migrate(
+            at="load_device_state:before SIGSTOP source; load_device_state:before "
+            "SIGKILL page-server"
+        )
+    finally:
+        waking.join()
+    assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+    scene.assert_back()
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_a_cont_that_is_refused_goes_back(directory: Path) -> None:
+    """Somebody else has the disk's lock: the guest never ran there, so it runs here again."""
+    image = directory / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(MIB)
+    scene = Scene(directory)
+    disk = f"driver=raw,node-name=disk,file.driver=file,file.filename={image}"
+    for vm in (scene.source, scene.destination):
+        more = ("-blockdev", disk, "-device", "virtio-blk-pci,drive=disk")
+        vm.spec = dataclasses.replace(vm.spec, more=more)
+    with scene, image.open("rb") as other:
+        scene.fill(1)
+        forbid_writers(other.fileno())
+        viewer = scene.start_migrate()
+        wait_until(lambda: not scene.destination.alive, "the destination QEMU is given up")
+        other.close()
+        ended = finish(viewer)
+        assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+        assert ended.result["error"]["code"] == "cont-refused"
+        assert not scene.state.committed
+        scene.assert_back()
+
+
+def forbid_writers(fd: int) -> None:
+    """As a QEMU that does not share writing: a read lock on byte 200 + 1 (file-posix.c)."""
+    lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 201, 1, 0)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)

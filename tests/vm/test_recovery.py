@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from qpostcopy.takeover import ControllerState, controller_state, end_silent_controller
 from tests.qmp.support import private_directory
 from tests.vm.scene import (
     Ended,
@@ -112,7 +116,6 @@ def test_repairs_are_bounded_and_resume_goes_on(directory: Path) -> None:
         assert "resume" in ended.result["error"]["remedy"]
         assert scene.state.state.phase == "interrupted"
         assert "go on with: qpostcopy resume" in scene.run("status", "t").out
-        scene.state.update_side("source", restarts=0)
         assert_completed(scene, scene.run("resume", "t", "--json"))
 
 
@@ -122,12 +125,63 @@ def _next_handler(scene: Scene) -> bool:
 
 
 def test_a_destination_that_ends_by_itself(scene: Scene) -> None:
-    """`quit` at its other monitor: a guest that was shut down is no failure."""
+    """A guest that powers off is no failure. The firmware has put q35's PM1a at port 0x604."""
     viewer, read = in_postcopy(scene)
-    scene.destination.observer.execute("quit")
+    power_off = {"command-line": "o/w 0x604 0x2000"}  # ACPI: SLP_EN of S5
+    scene.destination.observer.execute("human-monitor-command", power_off)
     ended = finish_after(viewer, read)
     assert ended.ended == ("completed", 0, "ended"), scene.logs()
     scene.assert_nothing_left()
+
+
+def test_a_destination_that_somebody_quits_is_told(scene: Scene) -> None:
+    """That is not the guest's doing: the source keeps what it has."""
+    viewer, read = in_postcopy(scene)
+    scene.destination.observer.execute("quit")
+    ended = finish_after(viewer, read)
+    assert ended.ended == ("failed", 11, "ended"), scene.logs()
+    assert "host-qmp-quit" in ended.result["error"]["message"]
+    assert status(scene.source) == "postmigrate"
+    scene.assert_nothing_left()
+
+
+@pytest.mark.parametrize("victim", ["handler", "page-server"])
+def test_a_companion_that_hangs_is_replaced(scene: Scene, victim: str) -> None:
+    """It lives and holds its lanes, and no event will ever tell: it is asked."""
+    viewer, read = in_postcopy(scene)
+    state = scene.state.state
+    hung = state.destination.companion if victim == "handler" else state.source.companion
+    assert hung is not None
+    os.kill(hung.pid, signal.SIGSTOP)
+    ended = finish_after(viewer, read)
+    assert_completed(scene, ended)
+    assert not hung.alive()
+
+
+def test_a_handler_that_is_dead_when_all_is_placed(scene: Scene) -> None:
+    """Killed at the last step: nothing of ours stays in the destination QEMU."""
+    viewer, read = in_postcopy(scene)
+    read += read_until_phase(viewer, "complete")
+    kill(scene.state.state.destination.companion)
+    ended = finish_after(viewer, read)
+    assert_completed(scene, ended)
+
+
+def test_a_controller_that_hangs_is_taken_over(scene: Scene) -> None:
+    viewer, _ = in_postcopy(scene)
+    controller = scene.state.state.controller
+    assert controller is not None
+    os.kill(controller.pid, signal.SIGSTOP)
+    viewer.kill()
+    viewer.communicate()
+
+    async def take_over() -> tuple[ControllerState, ControllerState]:
+        seen = await controller_state(scene.state, 1.0)
+        return seen, await end_silent_controller(scene.state, 1.0)
+
+    assert asyncio.run(take_over()) == (ControllerState.SILENT, ControllerState.DEAD)
+    assert not controller.alive()
+    assert_completed(scene, scene.run("resume", "t", "--json"))
 
 
 def test_a_destination_that_dies_is_told_and_the_source_is_not_started(scene: Scene) -> None:
