@@ -230,6 +230,7 @@ def test_a_plan_that_is_wrong(scene: Scene) -> None:
     assert not scene.run_directory.exists()
 
 
+@pytest.mark.slow
 def test_a_second_migration_meanwhile_is_refused(directory: Path) -> None:
     with Scene(directory, push="2MiB/s") as scene:
         scene.fill(1)
@@ -261,6 +262,7 @@ def test_a_signal_before_the_commit_cancels(scene: Scene, number: signal.Signals
     scene.assert_back()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("after_ms", [150, 250, 350, 450])
 def test_a_signal_in_the_first_half_second(
@@ -291,6 +293,7 @@ def test_a_viewer_killed_in_the_first_moments(scene: Scene) -> None:
     scene.assert_back()
 
 
+@pytest.mark.slow
 def test_a_controller_that_hangs(directory: Path) -> None:
     """status says so, abort names the place, resume takes over and brings it to its end."""
     with Scene(directory, push="2MiB/s") as scene:

@@ -96,6 +96,7 @@ def test_migrate_recovers_by_itself_if_its_controller_dies(scene: Scene, place: 
         scene.assert_back()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["handler", "destination"])
 def test_a_destination_that_hangs_while_loading(scene: Scene, target: str) -> None:
     """Its QMP is dead, SIGTERM would do nothing: it is killed, proven gone, the source runs."""
@@ -120,6 +121,7 @@ def test_a_companion_killed_before_the_commit(scene: Scene, step: str, target: s
     scene.assert_back()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
 @pytest.mark.parametrize("step", ["announce_commit", "start_guest"])
 def test_a_handler_lost_between_the_record_and_cont(scene: Scene, step: str, number: str) -> None:
@@ -174,6 +176,7 @@ def test_a_source_that_is_killed_is_told(scene: Scene, step: str) -> None:
     scene.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_page_server_killed_while_the_source_stalls(scene: Scene) -> None:
     """The new page server has no monitor for a while: the source is asked until it answers."""
 

@@ -67,6 +67,7 @@ def test_dead_companions_are_replaced(scene: Scene, victims: tuple[str, ...]) ->
     assert pages["total"] == sum(pages[kind] for kind in kinds)
 
 
+@pytest.mark.slow
 def test_a_paused_vm_too(directory: Path) -> None:
     """Every byte, the first megabyte too, with the handler killed in between."""
     with Scene(directory, push="8MiB/s", running=False) as scene:
@@ -145,6 +146,7 @@ def test_a_destination_that_somebody_quits_is_told(scene: Scene) -> None:
     scene.assert_nothing_left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["handler", "page-server"])
 def test_a_companion_that_hangs_is_replaced(scene: Scene, victim: str) -> None:
     """It lives and holds its lanes, and no event will ever tell: it is asked."""
@@ -167,6 +169,7 @@ def test_a_handler_that_is_dead_when_all_is_placed(scene: Scene) -> None:
     assert_completed(scene, ended)
 
 
+@pytest.mark.slow
 def test_a_controller_that_hangs_is_taken_over(scene: Scene) -> None:
     viewer, _ = in_postcopy(scene)
     controller = scene.state.state.controller
