@@ -65,6 +65,15 @@ class _Client(QMPClient):
     async def _event_dispatch(self, msg: Message) -> None:
         self._deliver(msg)
 
+    async def _recv(self) -> Message:
+        """QEMU may tell an event before it answers qmp_capabilities; the library takes the
+        next message for the answer. An event of that moment concerns nobody yet.
+        """
+        message = await super()._recv()
+        while self.runstate is Runstate.CONNECTING and "event" in message:
+            message = await super()._recv()
+        return message
+
     def abort(self) -> None:
         """Drop the connection without a flush."""
         if self._writer is not None:
