@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
+import threading
 
 import pytest
 
@@ -155,6 +157,33 @@ def test_no_socket_no_listener_and_no_right() -> None:
                 await Monitor.connect(directory / ("x" * 120))
 
     run(body)
+
+
+def test_an_event_before_the_answer_to_the_negotiation() -> None:
+    """As QEMU does in the moment of its start, which cannot be had on demand."""
+
+    async def body() -> None:
+        with private_directory() as directory, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(directory / "s"))
+            listener.listen(1)
+            peer = threading.Thread(target=greet_with_an_event, args=[listener])
+            peer.start()
+            monitor = await Monitor.connect(directory / "s")
+            assert await monitor.execute("query-name") == {}
+            await monitor.close()
+            peer.join()
+
+    run(body)
+
+
+def greet_with_an_event(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
+        while command := connection.recv(4096):
+            event = {"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 0}}
+            answer = {"return": {}, "id": json.loads(command).get("id")}
+            connection.sendall(b"".join(json.dumps(m).encode() + b"\r\n" for m in (event, answer)))
 
 
 @pytest.mark.parametrize("words", [b"SSH-2.0-x\r\n", b'{"a": 1}\r\n', b""])
