@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,7 +204,7 @@ def test_a_signal_never_reaches_an_heir_of_the_pid() -> None:
     try:
         process = Process.of(child.pid)
         assert process is not None
-        heir = process.model_copy(update={"start_ticks": process.start_ticks - 1})
+        heir = replace(process, start_ticks=process.start_ticks - 1)
         assert not heir.alive()
         assert heir.kill(1.0)
         assert process.alive()

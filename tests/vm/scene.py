@@ -6,6 +6,7 @@ is filled by the test through the memfd, so a migration takes a second or two.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -13,11 +14,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
+import pytest
+
+from qpostcopy.config import load_plan
+from qpostcopy.controller import Controller
 from qpostcopy.lab.leftovers import (
     processes_naming,
     registered_ranges,
@@ -83,11 +89,22 @@ class Scene:
         self.directory = directory
         self.run_directory = directory / "run"
         self.plan = directory / "plan.yaml"
+        self._running = running
         backends = tuple(Backend(f"ram{i}", size, None) for i, size in enumerate(sizes))
-        self.source = Vm("source", VmSpec(backends, paused=not running), directory)
-        self.destination = Vm("destination", VmSpec(backends, incoming=True), directory)
+        self.source = self._vm("source", VmSpec(backends, paused=not running))
+        self.destination = self._vm("destination", VmSpec(backends, incoming=True))
         self._rest = f"limits: {{push: {push}}}\n"
         self._write_plan(after)
+
+    def _vm(self, name: str, spec: VmSpec) -> Vm:
+        """A QEMU whose firmware tells what it does (SeaBIOS's debug port)."""
+        file = f"file,id=firmware,path={self._firmware_log(name)}"
+        port = "isa-debugcon,iobase=0x402,chardev=firmware"
+        more = ("-chardev", file, "-device", port)
+        return Vm(name, replace(spec, more=more), self.directory)
+
+    def _firmware_log(self, name: str) -> Path:
+        return self.directory / f"{name}.firmware"
 
     def _write_plan(self, after: str) -> None:
         self.plan.write_text(
@@ -99,12 +116,16 @@ class Scene:
     def move_on(self) -> None:
         """What was the destination is the source of the next migration."""
         self.source = self.destination
-        self.destination = Vm("third", self.source.spec, self.directory).start()
+        self.destination = self._vm("third", self.source.spec).start()
         self._write_plan("keep")
 
     def __enter__(self) -> Scene:
         self.source.start()
         self.destination.start()
+        if self._running:
+            # Until then its code is all over RAM, and filling that would reset the VM.
+            log = self._firmware_log("source")
+            wait_until(lambda: b"No bootable device" in log.read_bytes(), "the firmware's end")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,17 +189,7 @@ class Scene:
 
     def run_controller(self, *, at: str) -> StateDirectory:
         """A controller without a viewer (who would recover at once), to its own end."""
-        os.environ["QPOSTCOPY_RUN_DIR"] = str(self.run_directory)
-        try:
-            directory = StateDirectory.create(
-                "t",
-                plan_text=self.plan.read_text(),
-                profile="sequential",
-                source_qmp=self.source.qmp_path,
-                destination_qmp=self.destination.qmp_path,
-            )
-        finally:
-            del os.environ["QPOSTCOPY_RUN_DIR"]
+        directory = self._new_state()
         subprocess.run(
             [sys.executable, "-m", "qpostcopy.controller", str(directory.path)],
             env=self.environment(at),
@@ -188,6 +199,38 @@ class Scene:
             check=False,
         )
         return StateDirectory.open(directory.path)
+
+    def run_controller_here(self) -> dict[str, Any]:
+        """As `run_controller`, in this process, which starts half a second sooner; its result."""
+        directory = self._new_state()
+
+        async def main() -> None:
+            controller = Controller(directory, load_plan(self.plan), resuming=False)
+            await controller.listen()
+            async with asyncio.timeout(SECONDS):
+                await controller.run()
+
+        with self._run_directory_set():
+            asyncio.run(main())
+        result = directory.read_result()
+        assert result is not None
+        return result
+
+    @contextmanager
+    def _run_directory_set(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("QPOSTCOPY_RUN_DIR", str(self.run_directory))
+            yield
+
+    def _new_state(self) -> StateDirectory:
+        with self._run_directory_set():
+            return StateDirectory.create(
+                "t",
+                plan_text=self.plan.read_text(),
+                profile="sequential",
+                source_qmp=self.source.qmp_path,
+                destination_qmp=self.destination.qmp_path,
+            )
 
     @property
     def state(self) -> StateDirectory:

@@ -51,11 +51,11 @@ def move_and_compare(
         more = {"profile": profile, "lanes": {"push": push_lanes}}
         scene.plan.write_text(scene.plan.read_text() + yaml.safe_dump(more))
         write_runs(scene, seed)
-        ended = scene.migrate()
-        assert ended.ended == ("completed", 0, "destination"), ended.err + scene.logs()
+        result = scene.run_controller_here()
+        assert result["status"] == "completed", f"{result}\n{scene.logs()}"
         scene.assert_same_ram(start=0)
         assert status(scene.destination) == "prelaunch"
-        pages = ended.result["pages"]
+        pages = result["pages"]
         assert pages["total"] * PAGE == sum(sizes)
         assert pages["total"] == sum(pages[kind] for kind in KINDS)
         assert_clean(scene.destination)

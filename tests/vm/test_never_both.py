@@ -210,7 +210,7 @@ def test_a_cont_that_is_refused_goes_back(directory: Path) -> None:
     scene = Scene(directory)
     disk = f"driver=raw,node-name=disk,file.driver=file,file.filename={image}"
     for vm in (scene.source, scene.destination):
-        more = ("-blockdev", disk, "-device", "virtio-blk-pci,drive=disk")
+        more = (*vm.spec.more, "-blockdev", disk, "-device", "virtio-blk-pci,drive=disk")
         vm.spec = dataclasses.replace(vm.spec, more=more)
     with scene, image.open("rb") as other:
         scene.fill(1)
