@@ -31,10 +31,11 @@ from qpostcopy.lab.leftovers import (
     userfaultfds,
 )
 from qpostcopy.lab.observer import ObserverError, ObserverTimeoutError
-from qpostcopy.lab.vm import Backend, Vm, VmSpec
+from qpostcopy.lab.vm import Vm, VmSpec
 from qpostcopy.process import Process
 from qpostcopy.state import StateDirectory
 from qpostcopy.switchover import TEST_SIGNAL_VARIABLE
+from tests.vm.setups import PLAIN, Setup
 
 PAGE = 4096
 MIB = 1 << 20
@@ -72,6 +73,7 @@ class Ended:
 class Scene:
     """A source and a waiting destination; a context manager.
 
+    :param setup: how both are started.
     :param sizes: of the RAM blocks, bytes.
     :param running: the firmware runs, else QEMU stays at `-S`.
     :param push: the plan's limits.push: slow enough to act in the midst of postcopy.
@@ -81,6 +83,7 @@ class Scene:
         self,
         directory: Path,
         *,
+        setup: Setup = PLAIN,
         sizes: tuple[int, ...] = (32 * MIB,),
         running: bool = True,
         after: str = "keep",
@@ -90,9 +93,9 @@ class Scene:
         self.run_directory = directory / "run"
         self.plan = directory / "plan.yaml"
         self._running = running
-        backends = tuple(Backend(f"ram{i}", size, None) for i, size in enumerate(sizes))
-        self.source = self._vm("source", VmSpec(backends, paused=not running))
-        self.destination = self._vm("destination", VmSpec(backends, incoming=True))
+        self._waiting = setup.destination(sizes)
+        self.source = self._vm("source", setup.source(sizes, paused=not running))
+        self.destination = self._vm("destination", self._waiting)
         self._rest = f"limits: {{push: {push}}}\n"
         self._write_plan(after)
 
@@ -101,7 +104,7 @@ class Scene:
         file = f"file,id=firmware,path={self._firmware_log(name)}"
         port = "isa-debugcon,iobase=0x402,chardev=firmware"
         more = ("-chardev", file, "-device", port)
-        return Vm(name, replace(spec, more=more), self.directory)
+        return Vm(name, replace(spec, more=(*spec.more, *more)), self.directory)
 
     def _firmware_log(self, name: str) -> Path:
         return self.directory / f"{name}.firmware"
@@ -116,7 +119,7 @@ class Scene:
     def move_on(self) -> None:
         """What was the destination is the source of the next migration."""
         self.source = self.destination
-        self.destination = self._vm("third", self.source.spec).start()
+        self.destination = self._vm("third", self._waiting).start()
         self._write_plan("keep")
 
     def __enter__(self) -> Scene:

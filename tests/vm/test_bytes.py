@@ -6,60 +6,21 @@ of the destination is compared, the first megabyte too.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.qmp.support import private_directory
-from tests.vm.scene import PAGE, Scene, assert_clean, status
+from tests.vm.bytes_case import move_and_compare
+from tests.vm.scene import MIB, PAGE
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
 KIB = 1 << 10
-MIB = 1 << 20
 SHIPPED = sorted(path.stem for path in Path("configs/profiles").glob("*.yaml"))
-KINDS = ("hole", "zero", "precopy", "push", "demand", "around")
-
-
-def write_runs(scene: Scene, seed: int) -> None:
-    """Data, zero pages and holes in runs of very different lengths, over all of RAM."""
-    chance = random.Random(seed)
-    for backend in scene.source.spec.backends:
-        fd = scene.source.ram_fd(backend.name)
-        at, pages = 0, backend.size_bytes // PAGE
-        with open(fd, "wb", buffering=0, closefd=False) as ram:
-            while at < pages:
-                count = min(chance.choice([1, 1, 3, 63, 64, 65, 700]), pages - at)
-                kind = chance.randrange(3)
-                ram.seek(at * PAGE)
-                if kind == 0:
-                    ram.write(chance.randbytes(count * PAGE))
-                elif kind == 1:
-                    ram.write(bytes(count * PAGE))
-                at += count
-
-
-def move_and_compare(
-    directory: Path, sizes: tuple[int, ...], profile: object, seed: int, push_lanes: int = 1
-) -> None:
-    with Scene(directory, sizes=sizes, running=False) as scene:
-        more = {"profile": profile, "lanes": {"push": push_lanes}}
-        scene.plan.write_text(scene.plan.read_text() + yaml.safe_dump(more))
-        write_runs(scene, seed)
-        result = scene.run_controller_here()
-        assert result["status"] == "completed", f"{result}\n{scene.logs()}"
-        scene.assert_same_ram(start=0)
-        assert status(scene.destination) == "prelaunch"
-        pages = result["pages"]
-        assert pages["total"] * PAGE == sum(sizes)
-        assert pages["total"] == sum(pages[kind] for kind in KINDS)
-        assert_clean(scene.destination)
-        scene.assert_nothing_left()
 
 
 @pytest.fixture

@@ -8,149 +8,21 @@ destination is killed before it; then the source runs on, and is moved anew.
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import yaml
 
-from qpostcopy.lab.guest import Guest, find_image
-from qpostcopy.lab.vm import Backend, Boot, Vm, VmSpec
-from qpostcopy.state import StateDirectory
 from tests.qmp.support import private_directory
-from tests.vm.scene import (
-    Ended,
-    assert_clean,
-    environment_of,
-    finish,
-    finish_after,
-    kill,
-    read_until_phase,
-    resumes,
-    status,
-)
+from tests.vm.series import Series
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
-
-MEMORY_BYTES = 160 << 20
-KINDS = ("hole", "zero", "precopy", "push", "demand", "around")
-PROFILES = ("sequential", "low-memory-first")
-VERIFY_SECONDS = 60.0
-REPORT_SECONDS = 20.0
-
-
-class Series:
-    """One guest, and the QEMU that it is in."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.run_directory = directory / "run"
-        boot = Boot(*find_image(), words=("workload=service", "rate=500"))
-        self.spec = VmSpec((Backend("ram", MEMORY_BYTES),), boot=boot)
-        self.here = Vm("vm0", self.spec, directory).start()
-        self.made = [self.here]
-        self.guest = Guest(self.here.serial)
-        self.guest.wait_ready(60)
-
-    def close(self) -> None:
-        self.guest.close()
-        for vm in self.made:
-            vm.kill()
-
-    def next_destination(self) -> Vm:
-        vm = Vm(f"vm{len(self.made)}", replace(self.spec, incoming=True), self.directory).start()
-        self.made.append(vm)
-        return vm
-
-    def start(self, there: Vm, *, profile: str, push: str, at: str = "") -> subprocess.Popen[str]:
-        plan = {
-            "version": 1,
-            "name": "series",
-            "source": {"qmp": str(self.here.qmp_path)},
-            "destination": {"qmp": str(there.qmp_path)},
-            "profile": profile,
-            "limits": {"push": push},
-        }
-        path = self.directory / "plan.yaml"
-        path.write_text(yaml.safe_dump(plan))
-        return subprocess.Popen(
-            [sys.executable, "-m", "qpostcopy", "migrate", str(path), "--json"],
-            env=environment_of(self.run_directory, at),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def logs(self) -> str:
-        latest = max(self.run_directory.iterdir())
-        return "\n".join(path.read_text(errors="replace") for path in latest.glob("*.log"))
-
-    # --- the three kinds ------------------------------------------------------------------
-
-    def plain(self, chance: random.Random) -> None:
-        there = self.next_destination()
-        self.arrive(there, finish(self.start(there, profile=chance.choice(PROFILES),
-                                             push="unlimited")))  # fmt: skip
-
-    def handler_killed(self, chance: random.Random) -> None:
-        """At a random moment of a postcopy that takes about a second."""
-        there = self.next_destination()
-        viewer = self.start(there, profile=chance.choice(PROFILES), push="100MiB/s")
-        read = read_until_phase(viewer, "postcopy")
-        time.sleep(chance.uniform(0, 0.8))
-        latest = StateDirectory.open(max(self.run_directory.iterdir()))
-        kill(latest.state.destination.companion)
-        self.arrive(there, finish_after(viewer, read))
-
-    def destination_killed(self, chance: random.Random) -> None:
-        """Before the commit: the guest runs on where it is, and its memory is untouched."""
-        there = self.next_destination()
-        # No later than `confirm`: one that dies while the record is written may be sent its
-        # `cont` before its death shows, and whether it ran is then unknown (`failed`, 11).
-        step = chance.choice(["attach", "stop_source", "load_device_state", "confirm"])
-        at = f"{step}:before SIGKILL destination"
-        ended = finish(self.start(there, profile="sequential", push="unlimited", at=at))
-        assert ended.ended == ("rolled-back", 4, "source"), self.logs()
-        assert status(self.here) == "running"
-        assert resumes(there) == 0
-        self.wait_alive()
-
-    def arrive(self, there: Vm, ended: Ended) -> None:
-        assert ended.ended == ("completed", 0, "destination"), ended.err + self.logs()
-        pages = ended.result["pages"]
-        assert pages["total"] == sum(pages[kind] for kind in KINDS), pages
-        assert status(there) == "running"
-        assert_clean(there)
-        assert self.here.wait(20) == 0  # the source has quit, by itself
-        self.here = there
-        self.guest.add(there.serial)
-        self.wait_alive()
-
-    def wait_alive(self) -> None:
-        """It goes on to work, and has met no wrong page."""
-        report = self.guest.wait_report_after(time.monotonic(), REPORT_SECONDS)
-        assert report.corrupt == 0, self.guest.corrupt_lines
-
-    def verify(self) -> None:
-        verified = self.guest.verify(VERIFY_SECONDS)
-        assert verified.pages > 0
-        assert verified.corrupt == 0, self.guest.corrupt_lines
 
 
 @pytest.fixture
 def series() -> Iterator[Series]:
-    with private_directory() as directory:
-        made = Series(directory)
-        try:
-            yield made
-        finally:
-            made.close()
+    with private_directory() as directory, Series(directory) as made:
+        yield made
 
 
 def play(

@@ -1,0 +1,65 @@
+"""The set-ups that operators have, a row each; tests/vm/test_setups.py plays every one.
+
+A row says how both QEMUs are started. What differs from the first row (QEMU 7.2
+of Debian 12, root, TCG, RAM in memfds, no devices) is what the row is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qpostcopy.lab.guest import find_image
+from qpostcopy.lab.vm import Backend, Boot, VmSpec
+
+MIB = 1 << 20
+
+
+def memfds(sizes: tuple[int, ...]) -> tuple[Backend, ...]:
+    """A backend of each size, in a memfd: mem-path=/proc/self/fd/N."""
+    return tuple(Backend(f"ram{n}", size, mem_path=None) for n, size in enumerate(sizes))
+
+
+def linux() -> Boot:
+    """Debian's cloud kernel and our workload, at a rate that any machine holds."""
+    return Boot(*find_image(), words=("workload=service", "rate=500"))
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One row.
+
+    :ivar name: of the row, and of its tests.
+    :ivar vm: how both sides are started; its `backends` are not looked at.
+    :ivar there: fields of `vm` that are others at the destination.
+    :ivar backends: makes the memory backends of these sizes.
+    :ivar boot: makes what the guest boots; called when it is needed.
+    :ivar sizes: of the RAM blocks where no guest runs, bytes.
+    :ivar guest_sizes: of the RAM blocks of the guest, bytes.
+    """
+
+    name: str
+    vm: VmSpec = field(default_factory=lambda: VmSpec(()))
+    there: dict[str, Any] = field(default_factory=dict)
+    backends: Callable[[tuple[int, ...]], tuple[Backend, ...]] = memfds
+    boot: Callable[[], Boot] = linux
+    sizes: tuple[int, ...] = (34 * MIB,)
+    guest_sizes: tuple[int, ...] = (160 * MIB,)
+
+    def source(self, sizes: tuple[int, ...], **more: Any) -> VmSpec:
+        """The source, its RAM of these sizes. :param more: fields of VmSpec."""
+        return replace(self.vm, backends=self.backends(sizes), **more)
+
+    def destination(self, sizes: tuple[int, ...], **more: Any) -> VmSpec:
+        """The destination, waiting."""
+        return replace(self.source(sizes, **more), incoming=True, **self.there)
+
+
+#: What everything else is compared with.
+PLAIN = Setup("plain")
+
+ROWS: tuple[Setup, ...] = (
+    PLAIN,
+    Setup("two-nodes", sizes=(18 * MIB, 22 * MIB), guest_sizes=(96 * MIB, 64 * MIB)),
+)
