@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes an initramfs of one file: `initramfs.py INIT OUTPUT`.
+"""Writes an initramfs of one program and its drivers: `initramfs.py OUTPUT INIT DRIVER...`.
 
 The archive is made here, byte for byte reproducible and without a tool's
 version in it, so that the cache's hash means what it says. The format is
@@ -26,9 +26,11 @@ def padded(part: bytes) -> bytes:
 
 
 def main() -> None:
-    init, output = map(Path, sys.argv[1:])
-    archive = member("dev", stat.S_IFDIR | 0o755) + member("proc", stat.S_IFDIR | 0o755)
+    output, init, *drivers = map(Path, sys.argv[1:])
+    archive = b"".join(member(name, stat.S_IFDIR | 0o755) for name in ("dev", "proc", "drivers"))
     archive += member("init", stat.S_IFREG | 0o755, init.read_bytes())
+    for driver in drivers:
+        archive += member(f"drivers/{driver.name}", stat.S_IFREG | 0o644, driver.read_bytes())
     output.write_bytes(archive + member("TRAILER!!!", 0))
 
 

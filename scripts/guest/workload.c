@@ -14,7 +14,7 @@
  * Kernel command line (the kernel hands words that are not its own to init's
  * environment): workload=NAME, rate=REQUESTS_PER_SECOND (0: as fast as
  * it can; absent: the workload's own, lowered to what this guest can hold with
- * half a core to spare).
+ * half a core to spare), drivers=on (load those of virtio devices first).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -30,6 +30,7 @@
 #include <unistd.h>
 
 #include "console.h"
+#include "drivers.h"
 #include "pages.h"
 
 enum {
@@ -257,6 +258,8 @@ int main(void)
     if (mount("proc", "/proc", "proc", 0, NULL) || mount("dev", "/dev", "devtmpfs", 0, NULL))
         _exit(1);
     serial = open_serial();
+    if (getenv("drivers"))
+        load_drivers();
     choose_workload();
     fill_memory();
     choose_rate();
