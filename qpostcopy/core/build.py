@@ -25,6 +25,7 @@ SOURCES = (
     "fault.c",
     "source.c",
     "push.c",
+    "holes.c",
     "proc.c",
     "inject.c",
 )

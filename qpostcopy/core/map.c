@@ -161,22 +161,35 @@ struct qpc_run qpc_bits_claim(struct qpc_bits *bits, uint64_t from, uint64_t end
     return (struct qpc_run){end, 0};
 }
 
+int qpc_next_data(int fd, uint64_t from, uint64_t end, struct qpc_run *run,
+                  struct qpc_error *error)
+{
+    off_t end_bytes = (off_t)(end * QPC_PAGE_BYTES);
+    off_t data = lseek(fd, (off_t)(from * QPC_PAGE_BYTES), SEEK_DATA), hole = -1;
+    *run = (struct qpc_run){end, 0};
+    if (data >= end_bytes || (data < 0 && errno == ENXIO)) /* ENXIO: no data beyond here */
+        return QPC_OK;
+    if (data >= 0)
+        hole = lseek(fd, data, SEEK_HOLE);
+    if (hole < 0)
+        return qpc_fail(error, QPC_SYSTEM, errno, "SEEK_DATA in a RAM file", from * QPC_PAGE_BYTES,
+                        0);
+    if (hole > end_bytes) /* a file may be longer than its block */
+        hole = end_bytes;
+    run->first = (uint64_t)data / QPC_PAGE_BYTES;
+    run->count = ((uint64_t)hole + QPC_PAGE_BYTES - 1) / QPC_PAGE_BYTES - run->first;
+    return QPC_OK;
+}
+
 int qpc_bits_set_data(struct qpc_bits *bits, int fd, struct qpc_error *error)
 {
-    off_t end = (off_t)(bits->pages * QPC_PAGE_BYTES), data = 0, hole;
-    for (; (data = lseek(fd, data, SEEK_DATA)) >= 0 && data < end; data = hole) {
-        hole = lseek(fd, data, SEEK_HOLE);
-        if (hole < 0)
-            break;
-        if (hole > end) /* a file may be longer than its block */
-            hole = end;
-        uint64_t first = (uint64_t)data / QPC_PAGE_BYTES;
-        uint64_t last = ((uint64_t)hole + QPC_PAGE_BYTES - 1) / QPC_PAGE_BYTES;
-        qpc_bits_set(bits, first, last - first);
-        if (hole == end)
-            return QPC_OK;
+    struct qpc_run run;
+    for (uint64_t from = 0; from < bits->pages; from = run.first + run.count) {
+        int code = qpc_next_data(fd, from, bits->pages, &run, error);
+        if (code)
+            return code;
+        if (run.count)
+            qpc_bits_set(bits, run.first, run.count);
     }
-    if (data >= end || errno == ENXIO) /* ENXIO: no data beyond here */
-        return QPC_OK;
-    return qpc_fail(error, QPC_SYSTEM, errno, "SEEK_DATA in a RAM file", (uint64_t)data, 0);
+    return QPC_OK;
 }

@@ -59,6 +59,11 @@ struct qpc_run {
  * did. A run ends at a multiple of 64 pages at the latest. Count 0: none left. */
 struct qpc_run qpc_bits_claim(struct qpc_bits *bits, uint64_t from, uint64_t end);
 
+/* The first run of pages in [from, end) that are data in the file, or (end, 0). Asks SEEK_HOLE,
+ * which cannot be told where to stop: a long run takes long (10 ms a GiB). */
+int qpc_next_data(int fd, uint64_t from, uint64_t end, struct qpc_run *run,
+                  struct qpc_error *error);
+
 /* Set the bits of all pages that are data in the file (SEEK_DATA): written once, swapped out or
  * not. What the file has beyond the map is passed over. */
 int qpc_bits_set_data(struct qpc_bits *bits, int fd, struct qpc_error *error);

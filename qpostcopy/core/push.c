@@ -11,7 +11,6 @@
 
 #define PAGE QPC_PAGE_BYTES
 #define JUMP_PAGE_BITS 48
-#define BATCH 1024           /* hole frames a write */
 #define UNSENT_BYTES 262144  /* what may wait unsent in a push socket */
 #define YIELD_MS 5           /* the longest that one look at waiting faults takes */
 #define BURST_US 20000       /* a limited lane may catch up that much */
@@ -22,16 +21,16 @@ struct qpc_run qpc_source_take(struct qpc_source *source, uint32_t index, uint64
                                uint64_t end)
 {
     struct qpc_source_block *block = &source->blocks[index];
-    if (!atomic_load(&source->scanned))
-        return (struct qpc_run){end, 0};
-    while ((from = qpc_bits_next_without(&block->present, &block->sent, from, end)) < end) {
-        uint64_t hole = qpc_bits_next(&block->present, from, end, false);
+    uint64_t settled = atomic_load(&block->settled), known = settled < end ? settled : end;
+    while (from < known && (from = qpc_bits_next_without(&block->present, &block->sent, from,
+                                                         known)) < known) {
+        uint64_t hole = qpc_bits_next(&block->present, from, known, false);
         struct qpc_run run = qpc_bits_claim(&block->sent, from, hole);
         if (run.count)
             return run;
         from = hole;
     }
-    return (struct qpc_run){end, 0};
+    return qpc_bits_claim(&block->sent, from, end); /* what the scan has not seen yet */
 }
 
 /* The rest of RAM behind the last fault; false when that is done. */
@@ -93,74 +92,6 @@ void qpc_source_jump(struct qpc_source *source, uint32_t block, uint64_t page)
         atomic_store(&source->jump, (uint64_t)block << JUMP_PAGE_BITS | (page + 1));
 }
 
-/* --- holes --------------------------------------------------------------------------------- */
-
-struct batch {
-    struct qpc_lane *lane;
-    uint8_t *bytes; /* BATCH frames */
-    size_t count;
-};
-
-static int flush(struct qpc_source *source, struct batch *batch, struct qpc_error *error)
-{
-    struct iovec part = {batch->bytes, batch->count * QPC_FRAME_BYTES};
-    atomic_fetch_add(&source->wire_bytes, part.iov_len);
-    batch->count = 0;
-    return part.iov_len ? qpc_lane_write(batch->lane, &part, 1, error) : QPC_OK;
-}
-
-static int announce(struct qpc_source *source, struct batch *batch, uint32_t block, uint64_t first,
-                    uint64_t end, struct qpc_error *error)
-{
-    if (first == end)
-        return QPC_OK;
-    struct qpc_frame hole = {.type = QPC_FRAME_HOLE,
-                             .block = (uint16_t)block,
-                             .first_page = first,
-                             .page_count = end - first};
-    qpc_frame_encode(&hole, batch->bytes + batch->count++ * QPC_FRAME_BYTES);
-    atomic_fetch_add(&source->hole_pages, end - first);
-    return batch->count == BATCH ? flush(source, batch, error) : QPC_OK;
-}
-
-/* What is data in the files is `present`. The source is stopped: this is final. */
-static int scan(struct qpc_source *source, struct qpc_error *error)
-{
-    for (unsigned i = 0; i < source->block_count; i++) {
-        struct qpc_source_block *block = &source->blocks[i];
-        int code = qpc_bits_set_data(&block->present, block->fd, error);
-        if (code)
-            return code;
-    }
-    pthread_mutex_lock(&source->lock);
-    atomic_store(&source->scanned, true);
-    pthread_cond_broadcast(&source->changed);
-    pthread_mutex_unlock(&source->lock);
-    return QPC_OK;
-}
-
-static int announce_holes(struct qpc_source *source, struct qpc_lane *lane, struct qpc_error *error)
-{
-    struct batch batch = {lane, malloc((size_t)BATCH * QPC_FRAME_BYTES), 0};
-    if (!batch.bytes)
-        return qpc_fail(error, QPC_NO_MEMORY, ENOMEM, "hole frames", 0, 0);
-    int code = QPC_OK;
-    atomic_store(&source->hole_pages, 0);
-    for (unsigned i = 0; i < source->block_count && !code; i++) {
-        const struct qpc_bits *present = &source->blocks[i].present;
-        uint64_t pages = source->block_pages[i];
-        for (uint64_t data, hole = 0; hole < pages && !code;) {
-            data = qpc_bits_next(present, hole, pages, true);
-            code = announce(source, &batch, i, hole, data, error);
-            hole = qpc_bits_next(present, data, pages, false);
-        }
-    }
-    if (!code)
-        code = flush(source, &batch, error);
-    free(batch.bytes);
-    return code;
-}
-
 /* --- yielding ------------------------------------------------------------------------------ */
 
 static int stopped(struct qpc_error *error)
@@ -176,15 +107,6 @@ static void wait_changed(struct qpc_source *source)
     until.tv_sec += until.tv_nsec / 1000000000L;
     until.tv_nsec %= 1000000000L;
     pthread_cond_timedwait(&source->changed, &source->lock, &until);
-}
-
-static int wait_scanned(struct qpc_source *source, struct qpc_error *error)
-{
-    pthread_mutex_lock(&source->lock);
-    while (!atomic_load(&source->scanned) && !atomic_load(&source->stopping))
-        wait_changed(source);
-    pthread_mutex_unlock(&source->lock);
-    return atomic_load(&source->stopping) ? stopped(error) : QPC_OK;
 }
 
 /* A fault that waits goes first; but one that the demand lane's own peer does
@@ -229,16 +151,19 @@ static int pace(struct qpc_source *source, struct qpc_lane *lane, struct qpc_err
 
 /* --- the loop ------------------------------------------------------------------------------ */
 
-static int push_all(struct qpc_source *source, struct qpc_lane *lane, uint8_t *buffer,
-                    struct qpc_error *error)
+static int push_all(struct qpc_source *source, struct qpc_lane *lane, bool tells_holes,
+                    uint8_t *buffer, struct qpc_error *error)
 {
     struct qpc_extent run;
     struct qpc_sent sent;
     int code;
     while (!(code = pace(source, lane, error)) && !(code = yield_to_faults(source, error)) &&
            qpc_source_next(source, &run)) {
-        code = qpc_source_send(source, lane, run.block, run.first_page, run.page_count, buffer,
-                               &sent, error);
+        if (tells_holes)
+            code = qpc_source_announce_holes(source, lane, error);
+        if (!code)
+            code = qpc_source_send(source, lane, run.block, run.first_page, run.page_count, buffer,
+                                   &sent, error);
         if (code)
             return code;
         book(source, sent.bytes);
@@ -258,12 +183,10 @@ int qpc_source_run_push(struct qpc_source *source, int lane_fd, uint32_t index,
     if (!code && !buffer)
         code = qpc_fail(error, QPC_NO_MEMORY, ENOMEM, "page buffer", 0, 0);
     qpc_lane_limit_unsent(&lane, UNSENT_BYTES);
-    if (!code && index == 0 && !atomic_load(&source->scanned))
-        code = scan(source, error);
     if (!code)
-        code = index == 0 ? announce_holes(source, &lane, error) : wait_scanned(source, error);
-    if (!code)
-        code = push_all(source, &lane, buffer, error);
+        code = push_all(source, &lane, index == 0, buffer, error);
+    if (!code && index == 0) /* what was passed over as holes, the last of them too */
+        code = qpc_source_announce_holes(source, &lane, error);
     if (!code)
         code = qpc_lane_write_frame(&lane, &(struct qpc_frame){.type = QPC_FRAME_END}, error);
     if (!code)

@@ -123,8 +123,11 @@ void qpc_source_reset(struct qpc_source *source)
     atomic_store(&source->jump, 0);
     source->push_due_us = 0;
     qpc_lane_deinit(&source->demand);
-    for (unsigned i = 0; i < source->block_count; i++)
+    atomic_store(&source->hole_pages, 0);
+    for (unsigned i = 0; i < source->block_count; i++) {
         qpc_bits_clear_all(&source->blocks[i].sent); /* the handler says what it has */
+        source->blocks[i].announced = 0;
+    }
 }
 
 void qpc_source_counters_read(const struct qpc_source *source, struct qpc_source_counters *out)
@@ -261,11 +264,12 @@ struct demand {
     unsigned around_first, around_count;
 };
 
-/* Before the scan has ended a hole is a page like any other: pread does not fill it, and it
+/* Where the scan has not been, a hole is a page like any other: pread does not fill it, and it
  * goes out as zeroes. Asking SEEK_DATA here would wait behind the scan for the inode's lock. */
 static bool is_hole(const struct qpc_source *source, uint32_t index, uint64_t page)
 {
-    return atomic_load(&source->scanned) && !qpc_bits_test(&source->blocks[index].present, page);
+    const struct qpc_source_block *block = &source->blocks[index];
+    return page < atomic_load(&block->settled) && !qpc_bits_test(&block->present, page);
 }
 
 static int answer_focus(struct demand *demand, const struct qpc_frame *request,

@@ -1,10 +1,12 @@
 /* The page server: one stopped guest's RAM at the source.
  *
- *   source.c  the object, the hole scan, the demand loop
+ *   source.c  the object, the demand loop
  *   push.c    the schedule's cursor, pacing, the push loop
+ *   holes.c   the hole scan, and telling of holes
  *
  * RAM is read with pread, never through a mapping: reading a hole through one
- * would fill it. `present` says what is not a hole, `sent` what some lane has
+ * would fill it. `present` says what is not a hole below `settled`; beyond, all
+ * are taken for data (a hole reads as zeroes). `sent` says what some lane has
  * taken on itself; the bit is won before the page is read, so no two lanes send
  * it unasked. A faulted page is sent again whatever `sent` says: its copy on a
  * push lane may be far back in a queue. */
@@ -55,7 +57,10 @@ int qpc_source_receive_have(struct qpc_source *source, int lane_fd, int deadline
                             struct qpc_error *error);
 int qpc_source_run_demand(struct qpc_source *source, int lane_fd, struct qpc_error *error);
 
-/* Lane 0 finds and announces the holes first. QPC_OK: nothing is left for this lane. */
+/* Find the holes, beside the other loops: none of them waits for it. */
+int qpc_source_run_scan(struct qpc_source *source, struct qpc_error *error);
+
+/* Lane 0 announces the holes that are found. QPC_OK: nothing is left for this lane. */
 int qpc_source_run_push(struct qpc_source *source, int lane_fd, uint32_t index,
                         struct qpc_error *error);
 
@@ -69,6 +74,8 @@ struct qpc_source_block {
     int fd;
     uint64_t pages;
     struct qpc_bits present, sent;
+    _Atomic uint64_t settled; /* pages below it were looked at: `present` is right */
+    uint64_t announced;       /* push lane 0's: holes below it were told in this session */
 };
 
 struct qpc_source {
@@ -77,7 +84,6 @@ struct qpc_source {
     uint64_t *block_pages;
     int stop_fd;
     _Atomic bool stopping;
-    _Atomic bool scanned;
     _Atomic unsigned demand_waiting; /* faults that are not answered yet: push yields */
     _Atomic uint64_t requests, demand_pages, around_pages, push_pages, hole_pages, zero_pages;
     _Atomic uint64_t wire_bytes;
@@ -86,7 +92,7 @@ struct qpc_source {
     struct qpc_lane demand; /* open from receive_have to reset */
 
     pthread_mutex_t lock; /* all below */
-    pthread_cond_t changed; /* scanned, demand_waiting, stopping */
+    pthread_cond_t changed; /* demand_waiting, stopping */
     struct qpc_extent *extents;
     uint64_t extent_count;
     uint64_t at_extent, at_page; /* cursor: page within that extent */
@@ -113,13 +119,16 @@ int qpc_source_send(struct qpc_source *source, struct qpc_lane *lane, uint32_t b
                     struct qpc_error *error);
 bool qpc_page_is_zero(const uint8_t *page);
 
-/* The first run of pages in [from, end) that are no holes and that nobody has sent,
- * taken: its `sent` bits are won. Count 0: none, or the holes are not known yet. */
+/* The first run of pages in [from, end) that are not known to be holes and that nobody
+ * has sent, taken: its `sent` bits are won. Count 0: none. */
 struct qpc_run qpc_source_take(struct qpc_source *source, uint32_t block, uint64_t from,
                                uint64_t end);
 
 /* The next run to push, taken as above; false: nothing is left. */
 bool qpc_source_next(struct qpc_source *source, struct qpc_extent *run);
+/* Tell of the holes that were found since the last call in this session. */
+int qpc_source_announce_holes(struct qpc_source *source, struct qpc_lane *lane,
+                              struct qpc_error *error);
 void qpc_source_jump(struct qpc_source *source, uint32_t block, uint64_t page);
 
 #endif

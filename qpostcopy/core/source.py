@@ -1,4 +1,4 @@
-"""The page server's core: typed facade of source.h and push.c."""
+"""The page server's core: typed facade of source.h."""
 
 from __future__ import annotations
 
@@ -61,8 +61,12 @@ class SourceCore:
         """Answer requests until told otherwise."""
         return run_loop(lib.qpc_source_run_demand, self._source, demand_fd)
 
+    def run_scan(self) -> LaneEnd:
+        """Find the holes, beside the other loops; done at once if they are all known."""
+        return run_loop(lib.qpc_source_run_scan, self._source)
+
     def run_push(self, push_fd: int, index: int) -> LaneEnd:
-        """Push until nothing is left; lane 0 announces the holes first."""
+        """Push until nothing is left; lane 0 announces the holes that are found."""
         return run_loop(lib.qpc_source_run_push, self._source, push_fd, index)
 
     def stop(self) -> None:

@@ -186,6 +186,7 @@ class PageServer(Companion):
 
     @staticmethod
     def _start_loops(core: SourceCore, session: Session) -> None:
+        session.threads.start("scan", core.run_scan)
         session.threads.start("demand", partial(core.run_demand, session.lanes.demand.fileno()))
         for index, sock in enumerate(session.lanes.push):
             name = f"push {index}"
@@ -209,13 +210,13 @@ class PageServer(Companion):
         """In the event loop: one of the core's loops has ended."""
         session = self._session
         if session is None or is_harmless(outcome):
-            log.info("%s lane ended: %s", name, outcome)
+            log.info("%s loop ended: %s", name, outcome)
             if session is not None and outcome is LaneEnd.DONE:
                 session.pushing.discard(name)
             return
-        log.warning("%s lane ended: %s", name, reason_of(outcome))
+        log.warning("%s loop ended: %s", name, reason_of(outcome))
         if not is_lane_trouble(outcome):
-            self.endpoint.emit(schema.Fatal(reason=f"{name} lane: {reason_of(outcome)}"))
+            self.endpoint.emit(schema.Fatal(reason=f"{name} loop: {reason_of(outcome)}"))
         elif session.pushing and not session.reported:
             # With everything pushed, a handler that hangs up has simply finished.
             session.reported = True

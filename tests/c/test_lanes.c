@@ -11,6 +11,8 @@
 
 #define PAGES 6000
 #define PUSH_LANES 2
+#define LOOPS (2 + 2 * PUSH_LANES + 1)
+#define SCAN (LOOPS - 1)
 
 static char directory[] = "/tmp/qpc-lanes-XXXXXX";
 
@@ -19,8 +21,9 @@ struct rig {
     struct qpc_source *source;
     int ram, faults[2]; /* pipe */
     int lanes[1 + PUSH_LANES][2]; /* [demand, push...][handler's end, page server's end] */
-    int codes[2 + 2 * PUSH_LANES];
-    pthread_t threads[2 + 2 * PUSH_LANES];
+    int codes[LOOPS];
+    pthread_t threads[LOOPS];
+    bool no_scan; /* as if it took for ever */
 };
 
 static uint8_t content(uint64_t page, uint64_t at) { return (uint8_t)(page * 31 + at % 253 + 1); }
@@ -34,6 +37,7 @@ static void rig_init(struct rig *rig, int push_from_fault)
     struct qpc_error error;
     uint64_t pages = PAGES;
     uint8_t page[QPC_PAGE_BYTES];
+    rig->no_scan = false;
     fake_init(PAGES);
     rig->ram = memfd_create("ram", MFD_CLOEXEC);
     CHECK(!ftruncate(rig->ram, PAGES * QPC_PAGE_BYTES));
@@ -74,7 +78,7 @@ static void close_lanes(struct rig *rig)
             close(rig->lanes[i][end]);
 }
 
-/* One thread for each loop; `role` counts: demand of both, then push lanes of both. */
+/* One thread for each loop; `role` counts: demand of both, push lanes of both, the hole scan. */
 struct job {
     struct rig *rig;
     unsigned role;
@@ -87,6 +91,10 @@ static void *run_job(void *argument)
     struct qpc_error error;
     free(argument);
     unsigned lane = job.role / 2, ours = job.role % 2;
+    if (job.role == SCAN) {
+        rig->codes[SCAN] = rig->no_scan ? QPC_OK : qpc_source_run_scan(rig->source, &error);
+        return NULL;
+    }
     int fd = rig->lanes[lane][ours];
     if (lane == 0)
         rig->codes[job.role] = ours ? qpc_source_run_demand(rig->source, fd, &error)
@@ -102,7 +110,7 @@ static void start(struct rig *rig)
     struct qpc_error error;
     CHECK(!qpc_handler_send_have(rig->handler, rig->lanes[0][0], &error));
     CHECK(!qpc_source_receive_have(rig->source, rig->lanes[0][1], 1000, &error));
-    for (unsigned role = 0; role < 2 + 2 * PUSH_LANES; role++) {
+    for (unsigned role = 0; role < LOOPS; role++) {
         struct job *job = malloc(sizeof *job);
         *job = (struct job){rig, role};
         CHECK(!pthread_create(&rig->threads[role], NULL, run_job, job));
@@ -113,7 +121,7 @@ static void stop_and_join(struct rig *rig)
 {
     qpc_handler_stop(rig->handler);
     qpc_source_stop(rig->source);
-    for (unsigned role = 0; role < 2 + 2 * PUSH_LANES; role++)
+    for (unsigned role = 0; role < LOOPS; role++)
         pthread_join(rig->threads[role], NULL);
     qpc_handler_reset(rig->handler);
     qpc_source_reset(rig->source);
@@ -180,6 +188,38 @@ static void everything_arrives_once_with_faults_all_over(void)
         CHECK(rig.handler->shared->faults == 300);
         rig_deinit(&rig);
     }
+}
+
+/* In a terabyte the scan takes long; nothing else does. */
+static void nobody_waits_for_the_scan(void)
+{
+    struct rig rig;
+    rig_init(&rig, 0);
+    rig.no_scan = true;
+    connect_lanes(&rig);
+    start(&rig);
+    fault(&rig, 75);
+    wait_done(&rig);
+    wait_there(75);
+    stop_and_join(&rig);
+    check_all(&rig);
+    CHECK(rig.handler->shared->hole_pages == 0);
+    rig_deinit(&rig);
+}
+
+static void known_holes_are_told_and_not_read(void)
+{
+    struct rig rig;
+    struct qpc_error error;
+    rig_init(&rig, 0);
+    CHECK(!qpc_source_run_scan(rig.source, &error));
+    connect_lanes(&rig);
+    start(&rig);
+    wait_done(&rig);
+    stop_and_join(&rig);
+    check_all(&rig);
+    CHECK(rig.handler->shared->hole_pages == PAGES / 3);
+    rig_deinit(&rig);
 }
 
 static void lost_lanes_are_taken_up_where_they_were(void)
@@ -317,6 +357,8 @@ int main(void)
 {
     CHECK(mkdtemp(directory));
     RUN(everything_arrives_once_with_faults_all_over);
+    RUN(nobody_waits_for_the_scan);
+    RUN(known_holes_are_told_and_not_read);
     RUN(lost_lanes_are_taken_up_where_they_were);
     RUN(hostile_peers_are_refused);
     RUN(a_page_server_that_owes_an_answer_is_given_up);

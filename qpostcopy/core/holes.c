@@ -1,0 +1,101 @@
+/* Holes: which pages of the source were never written.
+ *
+ *   block  |---- settled: `present' is right ----|---- not looked at yet ----|
+ *           ^ announced: told in this session
+ *
+ * Found in the order of addresses by a loop of its own, because SEEK_HOLE cannot
+ * be told where to stop: in a terabyte without a hole it takes ten seconds, and
+ * nobody is to wait for that. Whoever comes to a page first takes it for data:
+ * then it is read as zeroes, and costs a frame. */
+#include "source.h"
+
+#define BATCH 1024 /* frames a write */
+
+/* --- finding ------------------------------------------------------------------------------- */
+
+static int scan_block(struct qpc_source *source, struct qpc_source_block *block,
+                      struct qpc_error *error)
+{
+    struct qpc_run data;
+    for (uint64_t from = atomic_load(&block->settled); from < block->pages;
+         from = data.first + data.count) {
+        if (atomic_load(&source->stopping))
+            return qpc_fail(error, QPC_STOPPED, 0, "asked to stop", 0, 0);
+        int code = qpc_next_data(block->fd, from, block->pages, &data, error);
+        if (code)
+            return code;
+        if (data.count)
+            qpc_bits_set(&block->present, data.first, data.count);
+        atomic_store(&block->settled, data.first + data.count);
+    }
+    return QPC_OK;
+}
+
+/* The source is stopped: what is found is final, and a later session goes on from there. */
+int qpc_source_run_scan(struct qpc_source *source, struct qpc_error *error)
+{
+    int code = QPC_OK;
+    for (unsigned i = 0; i < source->block_count && !code; i++)
+        code = scan_block(source, &source->blocks[i], error);
+    return code;
+}
+
+/* --- telling ------------------------------------------------------------------------------- */
+
+struct batch {
+    struct qpc_source *source;
+    struct qpc_lane *lane;
+    size_t count;
+    uint8_t bytes[BATCH * QPC_FRAME_BYTES];
+};
+
+static int flush(struct batch *batch, struct qpc_error *error)
+{
+    struct iovec part = {batch->bytes, batch->count * QPC_FRAME_BYTES};
+    atomic_fetch_add(&batch->source->wire_bytes, part.iov_len);
+    batch->count = 0;
+    return part.iov_len ? qpc_lane_write(batch->lane, &part, 1, error) : QPC_OK;
+}
+
+static int add_hole(struct batch *batch, uint32_t block, uint64_t first, uint64_t end,
+                    struct qpc_error *error)
+{
+    if (first == end)
+        return QPC_OK;
+    struct qpc_frame hole = {.type = QPC_FRAME_HOLE,
+                             .block = (uint16_t)block,
+                             .first_page = first,
+                             .page_count = end - first};
+    qpc_frame_encode(&hole, batch->bytes + batch->count++ * QPC_FRAME_BYTES);
+    atomic_fetch_add(&batch->source->hole_pages, end - first);
+    return batch->count == BATCH ? flush(batch, error) : QPC_OK;
+}
+
+static bool has_news(const struct qpc_source *source)
+{
+    for (unsigned i = 0; i < source->block_count; i++)
+        if (source->blocks[i].announced < atomic_load(&source->blocks[i].settled))
+            return true;
+    return false;
+}
+
+int qpc_source_announce_holes(struct qpc_source *source, struct qpc_lane *lane,
+                              struct qpc_error *error)
+{
+    if (!has_news(source)) /* asked before every run, nearly always in vain */
+        return QPC_OK;
+    struct batch batch = {.source = source, .lane = lane};
+    for (unsigned i = 0; i < source->block_count; i++) {
+        struct qpc_source_block *block = &source->blocks[i];
+        uint64_t settled = atomic_load(&block->settled);
+        for (uint64_t hole = block->announced, data; hole < settled;
+             hole = qpc_bits_next(&block->present, data, settled, false)) {
+            data = qpc_bits_next(&block->present, hole, settled, true);
+            int code = add_hole(&batch, i, hole, data, error);
+            if (code)
+                return code;
+        }
+        block->announced = settled;
+    }
+    return flush(&batch, error);
+}
