@@ -4,6 +4,7 @@
  *              our own end (that is why each attempt has a thread of its own)
  *   INTERRUPT  signals that arrive first are delivered, not swallowed; a group-stop
  *              is somebody's wish and is refused
+ *   SETOPTIONS its seccomp filter is suspended (PTRACE_O_SUSPEND_SECCOMP), until `restore`
  *   SETSIGMASK nothing but SIGKILL, SIGSTOP and the step's own SIGTRAP gets through
  *   SETREGS    orig_rax = -1: the interrupted call is not restarted with borrowed registers
  *   SINGLESTEP over one `syscall` instruction of the target's vdso
@@ -226,9 +227,19 @@ static int save(struct job *job, struct context *saved)
     return QPC_OK;
 }
 
+/* While no filter is in force, none need be suspended, and we may lack the right to. */
+static int suspend_filter(struct job *job)
+{
+    if (!ptrace(PTRACE_SETOPTIONS, job->tid, 0, PTRACE_O_SUSPEND_SECCOMP)) return QPC_OK;
+    if (errno == ESRCH) return lost(job, "suspend its filter");
+    if (!qpc_proc_filtered(job->pid, job->tid)) return QPC_OK;
+    return qpc_fail(job->error, QPC_REFUSED, EACCES, "its seccomp filter cannot be suspended", 0, 0);
+}
+
 static int restore(struct job *job, const struct context *saved)
 {
-    if (ptrace(PTRACE_SETREGS, job->tid, 0, &saved->regs) ||
+    if (ptrace(PTRACE_SETOPTIONS, job->tid, 0, 0) ||
+        ptrace(PTRACE_SETREGS, job->tid, 0, &saved->regs) ||
         ptrace(PTRACE_SETSIGMASK, job->tid, sizeof saved->mask, &saved->mask))
         return lost(job, "restore");
     return QPC_OK;
@@ -357,7 +368,7 @@ static int settle(struct job *job, const struct context *saved, struct outcome *
 }
 
 /* One attempt at a halted thread. `*ran`: job->result is the call's. On return the thread is
- * stopped and its own again, or lost: no call in here fails for another reason. */
+ * stopped and its own again, or lost. */
 static int try_once(struct job *job, bool *ran, int *deliver)
 {
     struct context saved;
@@ -366,6 +377,8 @@ static int try_once(struct job *job, bool *ran, int *deliver)
     int code = save(job, &saved);
     if (code != QPC_OK) return code;
     if (in_restartable_sequence(job, saved.regs.rip)) return QPC_OK;
+    code = suspend_filter(job);
+    if (code != QPC_OK) return code;
     code = borrow(job, &saved);
     if (code == QPC_OK) code = step(job, &out);
     if (code == QPC_OK) {

@@ -9,9 +9,12 @@
  *  - registers and signal mask are given back on every path, and a call that
  *    the thread was sleeping in is restarted by the kernel as after any stop;
  *  - a stopped, traced, dying or foreign process is refused, not touched;
+ *  - a seccomp filter never sees the call: it could kill QEMU for one that QEMU itself never
+ *    makes. It is suspended for that one step of that one thread, or the target refused;
  *  - other children of the calling process are neither waited for nor reaped.
  *
- * x86_64 only. Needs CAP_SYS_PTRACE, or what ptrace(2) accepts in its place.
+ * x86_64 only. Needs CAP_SYS_PTRACE, or what ptrace(2) accepts in its place; where a filter is
+ * in force CAP_SYS_ADMIN too, no filter of our own, and CONFIG_CHECKPOINT_RESTORE.
  */
 #ifndef QPC_INJECT_H
 #define QPC_INJECT_H
@@ -26,8 +29,8 @@
  * in rax: a negative errno as it is.
  *
  * QPC_OK       it ran, once
- * QPC_REFUSED  stopped by a signal, traced by another (`address`: by whom), not ours to trace,
- *              or not a 64-bit process
+ * QPC_REFUSED  stopped by a signal, traced by another (`address`: by whom), not ours to trace
+ *              (errno EPERM), its seccomp filter not ours to suspend (EACCES), or not 64-bit
  * QPC_GONE     the process ended, or was never there
  * QPC_TIMEOUT  `deadline_ms` passed; the call did not run, or was interrupted
  *

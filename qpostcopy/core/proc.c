@@ -30,17 +30,28 @@ bool qpc_proc_stat(pid_t pid, pid_t tid, char *state, uint64_t *start_ticks)
     return true;
 }
 
-int qpc_proc_tracer(pid_t pid, pid_t tid)
+static int status_number(pid_t pid, pid_t tid, const char *name, int unknown)
 {
     char path[64], line[256];
-    int tracer = 0;
+    int number = unknown;
+    size_t length = strlen(name);
     snprintf(path, sizeof path, "/proc/%d/task/%d/status", pid, tid);
     FILE *status = fopen(path, "re");
-    if (!status) return 0;
+    if (!status) return unknown;
     while (fgets(line, sizeof line, status))
-        if (sscanf(line, "TracerPid: %d", &tracer) == 1) break;
+        if (!strncmp(line, name, length) && sscanf(line + length, ": %d", &number) == 1) break;
     fclose(status);
-    return tracer;
+    return number;
+}
+
+int qpc_proc_tracer(pid_t pid, pid_t tid)
+{
+    return status_number(pid, tid, "TracerPid", 0);
+}
+
+bool qpc_proc_filtered(pid_t pid, pid_t tid)
+{
+    return status_number(pid, tid, "Seccomp", 1) != 0;
 }
 
 /* `*mapped`: it has any mapping at all; a process that is ending gives them up first. */

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 import signal
@@ -18,7 +19,17 @@ import pytest
 
 from qpostcopy.core import LaneTimeoutError, RefusedByCoreError, TargetGoneError, inject_syscall
 from qpostcopy.process import Process
-from tests.uffd.victims import GONE, OK, REFUSED, STORM, TIMEOUT, inject, storm, victim
+from tests.uffd.victims import (
+    GONE,
+    OK,
+    REFUSED,
+    STORM,
+    TIMEOUT,
+    filtered_command,
+    inject,
+    storm,
+    victim,
+)
 
 pytestmark = pytest.mark.root
 
@@ -97,6 +108,15 @@ def test_the_result_is_the_kernels() -> None:
         assert target.end().startswith("ok ")
 
 
+def test_a_filter_that_would_kill_is_never_asked() -> None:
+    """One system call is forbidden on pain of death, but to the target itself only."""
+    with victim("ppoll", under=filtered_command(SYS_GETPID)) as target:
+        with storm(target, 300, STORM):
+            report = inject(target.pid, 100, 5000, SYS_GETPID)
+        assert (report.code, report.result, report.wrong) == (OK, target.pid, 0)
+        assert target.end().startswith("ok ")
+
+
 # --- refused, not touched -----------------------------------------------------------------
 
 
@@ -134,6 +154,20 @@ def test_another_tracer_is_named() -> None:
         assert report.operation == "seize: traced by another process"
         tracer.communicate()
         assert inject(target.pid, 1, 1000, SYS_GETPID).code == OK
+        assert target.end().startswith("ok ")
+
+
+@pytest.mark.parametrize(
+    "without", [["setpriv", "--bounding-set=-sys_admin", "--"], filtered_command(SYS_PAUSE)]
+)
+def test_a_filter_that_we_may_not_suspend(without: list[str]) -> None:
+    """Neither the right to, nor under a filter of our own: its verdict is not tried out."""
+    with victim("ppoll", under=filtered_command(SYS_GETPID)) as target:
+        report = inject(target.pid, 1, 1000, SYS_GETPID, under=without)
+        assert (report.code, report.errno) == (REFUSED, errno.EACCES)
+        assert target.end().startswith("ok ")
+    with victim("ppoll") as target:  # where there is none, none is in the way
+        assert inject(target.pid, 1, 1000, SYS_GETPID, under=without).code == OK
         assert target.end().startswith("ok ")
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,9 @@ STORM = [
 
 @functools.cache
 def _directory() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="qpc-victim-")  # gone with the test process
+    made = tempfile.TemporaryDirectory(prefix="qpc-victim-")  # gone with the test process
+    Path(made.name).chmod(0o755)  # for victims of other users
+    return made
 
 
 @functools.cache
@@ -77,10 +79,23 @@ class Victim:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def filtered_command(number: int) -> list[str]:
+    """What comes before a command that is to be killed if it makes system call `number`."""
+    return [_build("filtered"), str(number)]
+
+
+def user_command(uid: int = 65534) -> list[str]:
+    """What comes before a command that is to run without any right."""
+    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
+
+
 @contextlib.contextmanager
-def victim(mode: str, *arguments: object) -> Iterator[Victim]:
-    """A victim that is in its mode; killed at the end if it still runs."""
-    command = [victim_binary(), mode, *map(str, arguments)]
+def victim(mode: str, *arguments: object, under: Sequence[str] = ()) -> Iterator[Victim]:
+    """A victim that is in its mode; killed at the end if it still runs.
+
+    :param under: a command that starts it, e.g. `filtered_command`.
+    """
+    command = [*under, victim_binary(), mode, *map(str, arguments)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -129,12 +144,19 @@ class Report:
     worst_us: int
 
 
-def inject(pid: int, count: int, deadline_ms: int, *what: object, goes_on: bool = False) -> Report:
-    """Run the injector, under ASan and UBSan, to its end."""
+def inject(
+    pid: int,
+    count: int,
+    deadline_ms: int,
+    *what: object,
+    goes_on: bool = False,
+    under: Sequence[str] = (),
+) -> Report:
+    """Run the injector, under ASan and UBSan, to its end. :param under: as for `victim`."""
     binary = _build("injector", *(CORE / name for name in ("inject.c", "proc.c", "error.c")))
     environment = os.environ | ({"INJECTOR_GOES_ON": "1"} if goes_on else {})
     done = subprocess.run(
-        [binary, *map(str, (pid, count, deadline_ms, *what))],
+        [*under, binary, *map(str, (pid, count, deadline_ms, *what))],
         capture_output=True,
         text=True,
         env=environment,
