@@ -237,6 +237,17 @@ async def open_lanes(migration: Migration) -> None:
     )
 
 
+async def open_device_state(migration: Migration) -> None:
+    """A connection for QEMU's own stream, an end lent to each QEMU (stream.py says why)."""
+    source, destination = migration.source, migration.destination
+    for side, command, arguments in (
+        (destination, "qpc-state-listen", schema.StateListen()),
+        (source, "qpc-state-connect", schema.StateConnect()),
+        (destination, "qpc-state-accept", schema.StateAccept()),
+    ):
+        await side.call(command, arguments, schema.Empty, COMMAND_SECONDS)
+
+
 async def serve_faults(migration: Migration) -> None:
     """The handler goes to work: what faults before the switch waits for the page server."""
     await migration.destination.call("qpc-serve", schema.Serve(), schema.Empty, COMMAND_SECONDS)
@@ -260,5 +271,6 @@ PREPARE: tuple[Step, ...] = (
     set_capabilities,
     set_parameters,
     open_lanes,
+    open_device_state,
     serve_faults,
 )

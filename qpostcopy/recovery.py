@@ -21,6 +21,7 @@ import asyncio
 import logging
 from contextlib import suppress
 
+from qpostcopy import stream
 from qpostcopy.errors import OutcomeUnknownError, QpostcopyError, StateLostError
 from qpostcopy.migration import (
     COMMAND_SECONDS,
@@ -39,6 +40,7 @@ from qpostcopy.prepare import (
     set_capability_states,
 )
 from qpostcopy.qmp import schema
+from qpostcopy.qmp.connection import CommandError
 from qpostcopy.report import Location
 from qpostcopy.side import Role
 from qpostcopy.switchover import (
@@ -118,6 +120,7 @@ async def _release_destination(migration: Migration) -> None:
         await migration.destination.call(
             "qpc-detach", schema.Detach(), schema.Empty, DETACH_SECONDS
         )
+    await _take_stream_back(migration, "destination")
     await restore_capabilities(migration, "destination")
     await _restore_autostart(migration)
 
@@ -236,6 +239,7 @@ async def _restore_settings(migration: Migration, role: Role) -> None:
     """Capabilities and parameters. Failing costs a warning, not the VM."""
     try:
         await migration.side(role).ensure(monitor=True)
+        await _take_stream_back(migration, role)
         await restore_capabilities(migration, role)
         if parameters := migration.state.side(role).parameters:
             await migration.side(role).execute(
@@ -243,6 +247,12 @@ async def _restore_settings(migration: Migration, role: Role) -> None:
             )
     except QpostcopyError as error:
         migration.warn(f"the {role} QEMU keeps our migration settings: {error}")
+
+
+async def _take_stream_back(migration: Migration, role: Role) -> None:
+    """The connection for device state, if QEMU was not told to use it yet."""
+    with suppress(CommandError):  # it has none any more
+        await migration.side(role).execute("closefd", {"fdname": stream.NAME}, COMMAND_SECONDS)
 
 
 async def restore_settings(migration: Migration, role: Role) -> None:

@@ -23,6 +23,7 @@ import os
 import signal
 from collections.abc import Sequence
 
+from qpostcopy import stream
 from qpostcopy.errors import OutcomeUnknownError, QpostcopyError
 from qpostcopy.migration import (
     COMMAND_SECONDS,
@@ -91,16 +92,10 @@ def _send_for_test(migration: Migration, signal_name: str, target_name: str) -> 
 # --- switchover ---------------------------------------------------------------------------
 
 
-def device_state_uri(migration: Migration) -> str:
-    return f"unix:{migration.directory.path / 'device-state.sock'}"
-
-
 async def listen_for_device_state(migration: Migration) -> None:
     """From here on the destination may have loaded something: going back means killing it."""
     migration.directory.update(incoming_sent=True)
-    await migration.destination.execute(
-        "migrate-incoming", {"uri": device_state_uri(migration)}, COMMAND_SECONDS
-    )
+    await migration.destination.execute("migrate-incoming", {"uri": stream.URI}, COMMAND_SECONDS)
 
 
 async def stop_source(migration: Migration) -> None:
@@ -112,7 +107,7 @@ async def stop_source(migration: Migration) -> None:
     status = await migration.source.query("query-status", QUERY_SECONDS)
     mark = migration.book.mark
     migration.directory.update(migrate_sent=True, was_running=status.get("running") is True)
-    await migration.source.execute("migrate", {"uri": device_state_uri(migration)}, COMMAND_SECONDS)
+    await migration.source.execute("migrate", {"uri": stream.URI}, COMMAND_SECONDS)
     await migration.wait(
         "the source's pre-switchover",
         lambda seen: seen.migration("source", "pre-switchover"),

@@ -308,6 +308,14 @@ class FakeSide:
     def do_qpc_connect(self, _: Mapping[str, Any]) -> object:
         return schema.Empty()
 
+    def do_qpc_state_listen(self, _: Mapping[str, Any]) -> object:
+        return schema.Empty()
+
+    do_qpc_state_connect = do_qpc_state_accept = do_qpc_state_listen
+
+    def do_closefd(self, _: Mapping[str, Any]) -> object:
+        raise CommandError("closefd", "GenericError", "File descriptor not found")
+
     def do_qpc_committed(self, _: Mapping[str, Any]) -> object:
         return schema.Empty()
 

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Literal
 
 from qpostcopy.errors import QpostcopyError
-from qpostcopy.qmp.connection import EXECUTE_SECONDS, ConnectionLostError
+from qpostcopy.qmp.connection import EXECUTE_SECONDS, CommandError, ConnectionLostError
 from qpostcopy.qmp.events import Event
 from qpostcopy.qmp.monitor import Monitor, MonitorConnectError, MonitorHeldError
 
 log = logging.getLogger(__name__)
 
 ATTEMPT_SECONDS = 60.0
+LEND_SECONDS = 5.0
+TAKE_BACK_SECONDS = 5.0
 _BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -54,6 +56,7 @@ class MonitorHolder:
         )
         self._task: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
+        self._lending = asyncio.Lock()
         self.state: Literal["held", "lost", "none"] = "none"
         self.version = "unknown"
 
@@ -93,6 +96,41 @@ class MonitorHolder:
             problem = self._problem
             raise type(problem)(f"{command} was not sent: {problem}", remedy=problem.remedy)
         return await self._monitor.execute(command, arguments, timeout_seconds)
+
+    async def lend(self, fd: int, name: str) -> None:
+        """Give QEMU a descriptor (borrowed: a copy goes there) under a name, with `getfd`.
+
+        One that QEMU has under this name already is closed there. Not `add-fd`: QEMU before
+        9.1 closes such a descriptor only while its guest runs, whatever `remove-fd` returns.
+
+        :raise QpostcopyError: as `execute`; QEMU may have it all the same.
+        """
+        async with self._lending:
+            if self._monitor is not None:
+                try:
+                    self._monitor.send_fd(fd)
+                except OSError as error:
+                    raise ConnectionLostError(f"QEMU's monitor: {error}") from error
+            await self.execute("getfd", {"fdname": name}, LEND_SECONDS)
+
+    async def take_back(self, name: str) -> None:
+        """Have QEMU close what it was lent under this name, if it still has it.
+
+        A monitor that is lost gets the time to come back.
+
+        :raise QpostcopyError: as `execute`; QEMU may have it still.
+        """
+        deadline = asyncio.get_running_loop().time() + TAKE_BACK_SECONDS
+        while True:
+            try:
+                await self.execute("closefd", {"fdname": name}, LEND_SECONDS)
+                return
+            except CommandError:
+                return  # the one thing that it can say: there is none
+            except QpostcopyError:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(_BACKOFF_SECONDS[0])
 
     async def close(self, reason: str = "QEMU's monitor was given back") -> None:
         """Give the monitor back, and connect no more. Idempotent."""

@@ -236,6 +236,14 @@ class Detach(Model):
     """
 
 
+class StateListen(Model):
+    """`qpc-state-listen` (handler): listen for the connection that device state will take."""
+
+
+class StateAccept(Model):
+    """`qpc-state-accept` (handler): accept it, and lend it to QEMU as `qpostcopy-device-state`."""
+
+
 class Kill(Model):
     """`qpc-kill`: SIGKILL QEMU through a pidfd and wait until it is gone."""
 
@@ -250,6 +258,11 @@ class Connect(Model):
     port: int = Field(ge=1, le=65535)
     push_lanes: int = Field(ge=1, le=64)
     token: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class StateConnect(Model):
+    """`qpc-state-connect`: connect to where the handler listens for device state, and lend the
+    connection to QEMU as `qpostcopy-device-state`."""
 
 
 class Prepare(Model):
@@ -345,11 +358,14 @@ HANDLER: dict[str, tuple[type[Model], type[Model]]] = BOTH | {
     "qpc-committed": (Committed, Empty),
     "qpc-stats": (Empty, HandlerStats),
     "qpc-detach": (Detach, Empty),
+    "qpc-state-listen": (StateListen, Empty),
+    "qpc-state-accept": (StateAccept, Empty),
     "qpc-kill": (Kill, Empty),
 }
 PAGE_SERVER: dict[str, tuple[type[Model], type[Model]]] = BOTH | {
     "qpc-prepare": (Prepare, Prepared),
     "qpc-connect": (Connect, Empty),
+    "qpc-state-connect": (StateConnect, Empty),
     "qpc-serve": (ServePages, Empty),
     "qpc-stats": (Empty, SourceStats),
 }

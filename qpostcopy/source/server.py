@@ -19,7 +19,7 @@ from functools import partial
 
 from pydantic import ValidationError
 
-from qpostcopy import regions
+from qpostcopy import regions, stream
 from qpostcopy.companion import Companion, Options, WrongStateError
 from qpostcopy.config import Profile
 from qpostcopy.core import LaneEnd, RamBlock, SourceCore
@@ -113,6 +113,14 @@ class PageServer(Companion):
                 connect_lanes, arguments, self.options.migration_id, ram.blocks
             )
             self._session = Session(lanes, LaneThreads(self._on_loop_end))
+        return schema.Empty()
+
+    async def qpc_state_connect(self, _: schema.StateConnect) -> schema.Empty:
+        """See schema.StateConnect, and stream.py.
+
+        :raise QpostcopyError: there is no connection, or QEMU did not take it.
+        """
+        await stream.connect_and_lend(self.options.state_dir, self.monitor)
         return schema.Empty()
 
     async def qpc_serve(self, _: schema.ServePages) -> schema.Empty:

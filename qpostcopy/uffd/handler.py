@@ -43,6 +43,7 @@ from qpostcopy.lanes import (
 )
 from qpostcopy.qmp import schema
 from qpostcopy.stats import latency_summary
+from qpostcopy.stream import StreamListener
 from qpostcopy.uffd import registration as ram
 from qpostcopy.uffd.listener import LaneListener
 from qpostcopy.uffd.registration import Registration, UnsafeRamError
@@ -103,6 +104,7 @@ class Handler(Companion):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._attachment: Attachment | None = None
+        self._stream: StreamListener | None = None
         self._changing = asyncio.Lock()
 
     # --- attach, adopt, detach ----------------------------------------------------------------
@@ -214,6 +216,32 @@ class Handler(Companion):
     async def qpc_kill(self, _: schema.Kill) -> schema.Empty:
         await self.kill_qemu()
         return schema.Empty()
+
+    # --- the connection of QEMU's own stream ---------------------------------------------------
+
+    async def qpc_state_listen(self, _: schema.StateListen) -> schema.Empty:
+        """See schema.StateListen, and stream.py."""
+        self._close_stream()
+        self._stream = StreamListener(self.options.state_dir)
+        return schema.Empty()
+
+    async def qpc_state_accept(self, _: schema.StateAccept) -> schema.Empty:
+        """See schema.StateAccept.
+
+        :raise QpostcopyError: there is no connection, or QEMU did not take it.
+        """
+        if self._stream is None:
+            raise WrongStateError("qpc-state-accept: qpc-state-listen first")
+        try:
+            await self._stream.accept_and_lend(self.monitor)
+        finally:
+            self._close_stream()
+        return schema.Empty()
+
+    def _close_stream(self) -> None:
+        listener, self._stream = self._stream, None
+        if listener is not None:
+            listener.close()
 
     # --- sessions of lanes --------------------------------------------------------------------
 
@@ -372,6 +400,7 @@ class Handler(Companion):
 
     async def close_service(self) -> None:
         """End the loops; QEMU keeps its userfaultfd, and its guest waits for the next handler."""
+        self._close_stream()
         attachment = self._attachment
         if attachment is None:
             return
