@@ -18,9 +18,12 @@ and never initialised, which tells it from one that QEMU opened itself since.
 `find_orphans` names it. After the second note the number is known. Either is
 ended by `close_in_target`.
 
-`obtain` serves a QEMU that may create userfaultfds itself (root, or sysctl
-vm.unprivileged_userfaultfd=1). For any other, /dev/userfaultfd is to be lent
-over QMP: `inject_helper.create` is where that way will branch off.
+Two ways. A QEMU that may create userfaultfds (root, or sysctl
+vm.unprivileged_userfaultfd=1) is made to call userfaultfd(2). Any other says
+EPERM, which changes nothing; then somebody lends it an open /dev/userfaultfd
+(lending.py) and it is made to ask that for one. Which, is found by trying: what
+decides (capabilities in which user namespace, sysctl, security modules) is the
+kernel's to know, and a QEMU that needs no loan should not depend on its monitor.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import array
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -40,6 +44,8 @@ from qpostcopy.errors import QpostcopyError
 from qpostcopy.process import Process
 
 USERFAULTFD_LINK = "anon_inode:[userfaultfd]"
+#: Whoever has it open may create userfaultfds that see the kernel's faults too (Linux 6.1).
+DEVICE = Path("/dev/userfaultfd")
 #: Starting an interpreter and importing the core, on a busy machine.
 HELPER_START_SECONDS = 15.0
 DEADLINE_SECONDS = 5.0
@@ -54,6 +60,10 @@ class AttachRefusedError(AttachError):
     """QEMU is in a state that we do not touch (stopped, traced), or is not ours to touch."""
 
 
+class AttachNotPermittedError(AttachRefusedError):
+    """The kernel lets this QEMU create no userfaultfd by itself; nothing was changed."""
+
+
 class AttachGoneError(AttachError):
     """The QEMU process, or the descriptor in it, is not there any more."""
 
@@ -66,6 +76,7 @@ class AttachTimeoutError(AttachError):
 ERRORS: dict[str, type[AttachError]] = {
     "failed": AttachError,
     "refused": AttachRefusedError,
+    "not-permitted": AttachNotPermittedError,
     "gone": AttachGoneError,
     "timeout": AttachTimeoutError,
 }
@@ -84,16 +95,23 @@ class Obtained:
 
 
 def obtain(
-    pid: int, deadline_seconds: float = DEADLINE_SECONDS, *, start_ticks: int | None = None
+    pid: int,
+    deadline_seconds: float = DEADLINE_SECONDS,
+    *,
+    start_ticks: int | None = None,
+    lent_fd: int | None = None,
 ) -> Obtained:
     """Have process `pid` create a userfaultfd, and take a duplicate. UFFDIO_API is still to do.
 
     :param start_ticks: when the process started, as `Process` has it; None: as it is now.
-    :raise AttachRefusedError: stopped by a signal, traced, not permitted, not 64-bit.
+    :param lent_fd: number there of an open /dev/userfaultfd, to ask for one.
+    :raise AttachNotPermittedError: it may not, without such a descriptor.
+    :raise AttachRefusedError: stopped by a signal, traced, not ours to trace, not 64-bit.
     :raise AttachGoneError: there is no such process any more.
     :raise AttachTimeoutError: it could not be stopped in time.
     """
-    reply, fd = _ask_helper("obtain", pid, -1, deadline_seconds, start_ticks)
+    lent = -1 if lent_fd is None else lent_fd
+    reply, fd = _ask_helper("obtain", pid, lent, deadline_seconds, start_ticks)
     return Obtained(fd_in_target=reply, uffd=_received(fd))
 
 
@@ -140,6 +158,25 @@ def find_userfaultfds(pid: int) -> tuple[int, ...]:
             if str(entry.readlink()) == USERFAULTFD_LINK:
                 found.append(int(entry.name))
     return tuple(sorted(found))
+
+
+def find_devices(pid: int) -> tuple[int, ...]:
+    """Numbers of the descriptors of /dev/userfaultfd that the process holds.
+
+    :raise OSError: the process is gone, or there is no such device.
+    """
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if is_device(entry):
+                found.append(int(entry.name))
+    return tuple(sorted(found))
+
+
+def is_device(path: Path) -> bool:
+    """Whether it leads to /dev/userfaultfd, whatever it is called there."""
+    status = path.stat()
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == DEVICE.stat().st_rdev
 
 
 def is_initialized(pid: int, fd_in_target: int) -> bool:

@@ -45,6 +45,7 @@ from qpostcopy.qmp import schema
 from qpostcopy.stats import latency_summary
 from qpostcopy.stream import StreamListener
 from qpostcopy.uffd import registration as ram
+from qpostcopy.uffd.lending import Lender
 from qpostcopy.uffd.listener import LaneListener
 from qpostcopy.uffd.registration import Registration, UnsafeRamError
 
@@ -132,7 +133,9 @@ class Handler(Companion):
                 )
             others = await asyncio.to_thread(inspect.find_other_mappers, self.pid, blocks)
             names = [f"{other.command} ({other.pid})" for other in others]
-            taken = await in_thread(ram.take, self.pid, blocks, self.options.state_dir, names)
+            state_dir = self.options.state_dir
+            lender = Lender(self.monitor, self.pid)
+            taken = await in_thread(ram.take, self.pid, blocks, state_dir, names, lender)
             return await self._begin(taken, arguments.ahead_bytes, arguments.behind_bytes, True)
 
     async def qpc_adopt(self, arguments: schema.Adopt) -> schema.Attached:
@@ -202,7 +205,8 @@ class Handler(Companion):
         async with self._changing:
             if self._attachment is None:
                 if not self._is_committed():
-                    await in_thread(ram.close_leftovers, self.pid, self.options.state_dir)
+                    lender = Lender(self.monitor, self.pid)
+                    await in_thread(ram.close_leftovers, self.pid, self.options.state_dir, lender)
                 return schema.Empty()
             attachment = self._attachment
             await self._end_session(attachment)

@@ -31,25 +31,42 @@ from qpostcopy.core import (
 from qpostcopy.errors import QpostcopyError
 from qpostcopy.process import Process
 from qpostcopy.uffd.attach import (
+    DEVICE,
     ERRORS,
     USERFAULTFD_LINK,
     AttachError,
     AttachGoneError,
+    AttachNotPermittedError,
     AttachRefusedError,
     AttachTimeoutError,
     find_userfaultfds,
+    is_device,
     is_initialized,
 )
 
 # x86_64, which inject.c demands; pidfd_getfd has one number everywhere.
 SYS_CLOSE = 3
+SYS_IOCTL = 16
 SYS_USERFAULTFD = 323
 SYS_PIDFD_GETFD = 438
+#: _IO(USERFAULTFD_IOC, 0) of linux/userfaultfd.h
+USERFAULTFD_IOC_NEW = 0xAA << 8
 
 _PTRACE_REMEDY = (
     "run as root, or with CAP_SYS_PTRACE in QEMU's user namespace; a security module "
     "(Yama, SELinux, AppArmor) may forbid it too"
 )
+_FILTER_REMEDY = (
+    "run as root (CAP_SYS_ADMIN) and under no seccomp filter of our own (containers and systemd's "
+    "SystemCallFilter= have one), on a kernel with CONFIG_CHECKPOINT_RESTORE; or start QEMU "
+    "without -sandbox"
+)
+#: errno of a call that QEMU ran -> what can be done about it.
+_REMEDIES = {
+    errno.ENOSYS: "a kernel with CONFIG_USERFAULTFD is needed",
+    errno.EMFILE: "QEMU is at its limit of open files: `prlimit --nofile=... --pid ...` raises it",
+    errno.ENFILE: "the machine is at its limit of open files: sysctl fs.file-max",
+}
 
 
 class Target:
@@ -113,7 +130,9 @@ def explain(error: CoreError, pid: int) -> AttachError:
     if tracer := error.address:
         remedy = f"end the debugger or tracer (pid {tracer}) that is attached to it"
         return AttachRefusedError(f"{said} ({tracer}: {command_of(tracer)})", remedy=remedy)
-    if error.error_number in (errno.EPERM, errno.EACCES):
+    if error.error_number == errno.EACCES:
+        return AttachRefusedError(said, remedy=_FILTER_REMEDY)
+    if error.error_number == errno.EPERM:
         return AttachRefusedError(said, remedy=_PTRACE_REMEDY)
     if is_stopped(pid):
         remedy = f"somebody sent SIGSTOP: `kill -CONT {pid}` lets it go on"
@@ -144,30 +163,34 @@ def command_of(pid: int) -> str:
 # --- what can be asked --------------------------------------------------------------------
 
 
-def create(target: Target) -> int:
+def create(target: Target, lent_fd: int) -> int:
     """Have QEMU create a userfaultfd; its number there.
 
-    The one place that knows how: where QEMU itself has no right to (EPERM), a
-    descriptor of /dev/userfaultfd will be lent to it and ioctl USERFAULTFD_IOC_NEW
-    injected instead.
+    :param lent_fd: number there of an open /dev/userfaultfd; -1: it needs none.
+    :raise AttachNotPermittedError: it needs one.
     """
-    fd = target.run(SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    if lent_fd < 0:
+        what, fd = "userfaultfd()", target.run(SYS_USERFAULTFD, flags)
+    else:
+        require_device(target, lent_fd)
+        what = f"USERFAULTFD_IOC_NEW on descriptor {lent_fd}"
+        fd = target.run(SYS_IOCTL, lent_fd, USERFAULTFD_IOC_NEW, flags)
     if fd >= 0:
         return fd
-    said = f"userfaultfd() in process {target.pid}: {os.strerror(-fd)}"
-    if -fd == errno.EPERM:
-        remedy = "run QEMU as root, or set sysctl vm.unprivileged_userfaultfd=1"
-        raise AttachRefusedError(said, remedy=remedy)
-    if -fd == errno.ENOSYS:
-        remedy = "a kernel with CONFIG_USERFAULTFD, or a seccomp filter that lets it through"
-        raise AttachRefusedError(said, remedy=remedy)
+    said = f"{what} in process {target.pid}: {os.strerror(-fd)}"
+    if -fd == errno.EPERM and lent_fd < 0:
+        remedy = "lend it /dev/userfaultfd, or set sysctl vm.unprivileged_userfaultfd=1"
+        raise AttachNotPermittedError(said, remedy=remedy)
+    if remedy_or_none := _REMEDIES.get(-fd):
+        raise AttachRefusedError(said, remedy=remedy_or_none)
     raise AttachError(said)
 
 
-def obtain(target: Target) -> tuple[int, int]:
+def obtain(target: Target, lent_fd: int) -> tuple[int, int]:
     """(number in QEMU, our duplicate) of a new userfaultfd."""
     before = find_userfaultfds(target.pid)
-    fd = create(target)
+    fd = create(target, lent_fd)
     if fd in before or fd not in find_userfaultfds(target.pid):
         # A result that is not what the kernel shows: nothing may be built on it.
         raise AttachError(f"process {target.pid} reported descriptor {fd}, which is not new there")
@@ -208,6 +231,15 @@ def require_userfaultfd(target: Target, fd: int) -> None:
         raise AttachGoneError(f"descriptor {fd} of process {target.pid} is no userfaultfd: {kind}")
 
 
+def require_device(target: Target, fd: int) -> None:
+    try:
+        if is_device(Path(f"/proc/{target.pid}/fd/{fd}")):
+            return
+    except OSError as error:
+        raise AttachGoneError(f"descriptor {fd} of process {target.pid}: {error}") from error
+    raise AttachGoneError(f"descriptor {fd} of process {target.pid} is not {DEVICE}")
+
+
 # --- the process --------------------------------------------------------------------------
 
 
@@ -219,7 +251,7 @@ def answer(sock: socket.socket, target: Target, what: str, fd: int) -> None:
     elif what == "adopt":
         send(sock, {"value": fd}, [adopt(target, fd)])
     else:
-        created, copy = obtain(target)
+        created, copy = obtain(target, fd)
         try:
             send(sock, {"value": created}, [copy])
         except OSError:  # whoever asked is gone: leave nothing behind

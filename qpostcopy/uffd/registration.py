@@ -25,6 +25,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -44,7 +45,13 @@ from qpostcopy.process import Process
 from qpostcopy.qmp import schema
 from qpostcopy.state import write_durably
 from qpostcopy.uffd import attach
-from qpostcopy.uffd.attach import AttachError, AttachGoneError, AttachTimeoutError
+from qpostcopy.uffd.attach import (
+    AttachError,
+    AttachGoneError,
+    AttachNotPermittedError,
+    AttachTimeoutError,
+    Obtained,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +77,25 @@ class NothingToAdoptError(StateLostError):
     """The state directory does not describe what is in this QEMU."""
 
 
+class Lending(Protocol):
+    """Who lends QEMU an open /dev/userfaultfd; see lending.Lender."""
+
+    def lend(self) -> int: ...
+
+    def take_back(self) -> None: ...
+
+
 class Record(schema.Model):
-    """handler.json. `uffd_fd` None: the injection may or may not have happened."""
+    """handler.json. `uffd_fd` None: the injection may or may not have happened.
+
+    `lent`: QEMU may have a descriptor of /dev/userfaultfd from us.
+    """
 
     version: int = 1
     process: Process
     userfaults_before: tuple[int, ...]
     uffd_fd: int | None
+    lent: bool = False
     blocks: tuple[schema.BlockFacts, ...]
 
 
@@ -160,11 +179,16 @@ def refuse_unsafe(
 
 
 def take(
-    pid: int, blocks: tuple[schema.BlockFacts, ...], state_dir: Path, others: Sequence[str]
+    pid: int,
+    blocks: tuple[schema.BlockFacts, ...],
+    state_dir: Path,
+    others: Sequence[str],
+    lender: Lending,
 ) -> Registration:
     """Obtain, register, punch, verify; all of it, or nothing.
 
     :param others: processes besides QEMU that map the RAM; any is a reason to refuse.
+    :param lender: for a QEMU that may not create a userfaultfd by itself.
     :raise RefusedError, CoreError, AttachError: it did not work, and nothing of ours stayed.
     :raise LeftInQemuError: nor could it be undone; `close_leftovers` can be tried again.
     """
@@ -173,11 +197,11 @@ def take(
             f"other processes map the destination's RAM: {', '.join(others)}",
             remedy="end them; a page that they touch would hide a fault",
         )
-    close_leftovers(pid, state_dir)
+    close_leftovers(pid, state_dir, lender)
     process = Process.of(pid)
     if process is None:
         raise UnsafeRamError(f"the destination QEMU (pid {pid}) has ended")
-    registration = _obtain(process, blocks, state_dir)
+    registration = _obtain(process, blocks, state_dir, lender)
     try:
         uffd_api(registration.uffd)
         for mapping in registration.mappings:
@@ -190,15 +214,19 @@ def take(
 
 
 def _obtain(
-    process: Process, blocks: tuple[schema.BlockFacts, ...], state_dir: Path
+    process: Process, blocks: tuple[schema.BlockFacts, ...], state_dir: Path, lender: Lending
 ) -> Registration:
     """A userfaultfd, on record before and after."""
     before = attach.find_userfaultfds(process.pid)
     record = Record(process=process, userfaults_before=before, uffd_fd=None, blocks=blocks)
     _write_record(state_dir, record)
     try:
-        obtained = attach.obtain(process.pid, OBTAIN_SECONDS, start_ticks=process.start_ticks)
-    except AttachTimeoutError:
+        try:
+            obtained = attach.obtain(process.pid, OBTAIN_SECONDS, start_ticks=process.start_ticks)
+        except AttachNotPermittedError as error:
+            log.info("%s: lending it %s", error, attach.DEVICE)
+            obtained = _obtain_lent(record, state_dir, lender)
+    except (AttachTimeoutError, LeftInQemuError):
         raise  # a late helper may still create one: the record stays
     except Exception:
         _forget(state_dir)
@@ -210,6 +238,42 @@ def _obtain(
         undo(registration, state_dir, error)
         raise
     return registration
+
+
+def _obtain_lent(record: Record, state_dir: Path, lender: Lending) -> Obtained:
+    """As attach.obtain, with a loan that is on record as long as QEMU may have it."""
+    process = record.process
+    _write_record(state_dir, record.model_copy(update={"lent": True}))
+    try:
+        obtained = attach.obtain(
+            process.pid, OBTAIN_SECONDS, start_ticks=process.start_ticks, lent_fd=lender.lend()
+        )
+    except AttachTimeoutError:
+        raise  # a late helper may still use it
+    except Exception as error:
+        _take_back(process, lender, error)
+        raise
+    try:
+        _take_back(process, lender, None)
+    except LeftInQemuError:
+        os.close(obtained.uffd)
+        with contextlib.suppress(AttachError, LeftInQemuError, OSError):  # else it is an orphan
+            _close_in(process, obtained.fd_in_target)
+        raise
+    return obtained
+
+
+def _take_back(process: Process, lender: Lending, reason: Exception | None) -> None:
+    """The loan is over. :param reason: why so early."""
+    try:
+        lender.take_back()
+    except QpostcopyError as error:
+        if process.alive():
+            raise LeftInQemuError(
+                (f"{reason}; and " if reason else "")
+                + f"our descriptor of {attach.DEVICE} may stay in the destination QEMU: {error}",
+                remedy=error.remedy,
+            ) from (reason or error)
 
 
 def _empty(pid: int, blocks: Sequence[schema.BlockFacts]) -> None:
@@ -307,7 +371,7 @@ def let_go(registration: Registration) -> None:
     os.close(registration.uffd)
 
 
-def close_leftovers(pid: int, state_dir: Path) -> None:
+def close_leftovers(pid: int, state_dir: Path, lender: Lending) -> None:
     """Close what a predecessor of this migration left in QEMU before the commit.
 
     Closing the last descriptor unregisters its ranges.
@@ -319,6 +383,9 @@ def close_leftovers(pid: int, state_dir: Path) -> None:
         for fd in _ours_in(record):
             log.warning("closing userfaultfd %d that an earlier handler left in QEMU", fd)
             _close_in(record.process, fd)
+        if record.lent:
+            log.warning("taking %s back that an earlier handler lent QEMU", attach.DEVICE)
+            _take_back(record.process, lender, None)
     _forget(state_dir)
 
 

@@ -23,7 +23,7 @@ from tests.companions import MIB, CompanionProcess, Pair, connected, memfd_backe
 from tests.qmp.support import private_directory
 from tests.qmp.support import run as run_unit
 from tests.uffd.test_handler import assert_nothing_left, peek, registered_ranges, run
-from tests.uffd.victims import victim
+from tests.uffd.victims import NO_LENDER, victim
 
 # --- QEMU cannot be touched ---------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def test_an_attach_that_fails_at_its_end_leaves_nothing(tmp_path: Path) -> None:
         handler = Told(tmp_path).handler
         handler._make_core = fail  # type: ignore[method-assign, assignment]
         with victim("ppoll") as target:
-            taken = ram.take(target.pid, (), tmp_path, ())
+            taken = ram.take(target.pid, (), tmp_path, (), NO_LENDER)
             with pytest.raises(CoreMemoryError):
                 await handler._begin(taken, 0, 0, True)
             assert find_userfaultfds(target.pid) == ()

@@ -15,7 +15,7 @@ from qpostcopy.process import Process
 from qpostcopy.qmp.schema import BlockFacts, MappingFacts
 from qpostcopy.uffd import attach
 from qpostcopy.uffd import registration as ram
-from tests.uffd.victims import Victim, victim
+from tests.uffd.victims import NO_LENDER, Victim, victim
 
 pytestmark = pytest.mark.root
 
@@ -93,10 +93,10 @@ def test_qemus_own_userfaultfd_survives_the_closing_of_ours(target: Victim, tmp_
     ours = open_one(target, initialized=True)
     record(target, tmp_path, (), ours)
     its_own = open_one(target, initialized=True)  # opened since
-    ram.close_leftovers(target.pid, tmp_path)
+    ram.close_leftovers(target.pid, tmp_path, NO_LENDER)
     assert attach.find_userfaultfds(target.pid) == (its_own,)
     assert list(tmp_path.iterdir()) == []
-    ram.close_leftovers(target.pid, tmp_path)
+    ram.close_leftovers(target.pid, tmp_path, NO_LENDER)
     assert attach.find_userfaultfds(target.pid) == (its_own,)
 
 
@@ -105,7 +105,7 @@ def test_of_unknown_ones_only_the_orphan_is_closed(target: Victim, tmp_path: Pat
     record(target, tmp_path, (before,), None)
     open_one(target, initialized=False)  # the handler was killed here
     since = open_one(target, initialized=True)
-    ram.close_leftovers(target.pid, tmp_path)
+    ram.close_leftovers(target.pid, tmp_path, NO_LENDER)
     assert attach.find_userfaultfds(target.pid) == (before, since)
     assert list(tmp_path.iterdir()) == []
 
@@ -115,10 +115,10 @@ def test_what_cannot_be_closed_now_can_be_closed_later(target: Victim, tmp_path:
     record(target, tmp_path, (), ours)
     stop(target)
     with pytest.raises(attach.AttachRefusedError):
-        ram.close_leftovers(target.pid, tmp_path)
+        ram.close_leftovers(target.pid, tmp_path, NO_LENDER)
     assert ram.read_record(tmp_path) is not None
     target.process.send_signal(signal.SIGCONT)
-    ram.close_leftovers(target.pid, tmp_path)
+    ram.close_leftovers(target.pid, tmp_path, NO_LENDER)
     assert attach.find_userfaultfds(target.pid) == ()
     assert list(tmp_path.iterdir()) == []
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_closed_now_can_be_closed_later(target: Victim, tmp_path:
 def test_a_failed_take_leaves_nothing(target: Victim, tmp_path: Path) -> None:
     (tmp_path / "zero.ram0").touch()
     with pytest.raises(CoreSystemError, match="UFFDIO_REGISTER"):
-        ram.take(target.pid, (unmappable_block(),), tmp_path, ())
+        ram.take(target.pid, (unmappable_block(),), tmp_path, (), NO_LENDER)
     assert attach.find_userfaultfds(target.pid) == ()
     assert list(tmp_path.iterdir()) == []
 
@@ -144,14 +144,14 @@ def test_a_take_that_cannot_be_undone_stays_on_record(
     monkeypatch.setattr(ram, "_empty", stop_it)
     ours = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(ram.LeftInQemuError, match="somebody writes there; and our") as caught:
-        ram.take(target.pid, (), tmp_path, ())
+        ram.take(target.pid, (), tmp_path, (), NO_LENDER)
     assert f"kill -CONT {target.pid}" in str(caught.value.remedy)
     left = ram.read_record(tmp_path)
     assert left is not None
     assert attach.find_userfaultfds(target.pid) == (left.uffd_fd,)
     assert len(list(Path("/proc/self/fd").iterdir())) == ours
     target.process.send_signal(signal.SIGCONT)
-    ram.close_leftovers(target.pid, tmp_path)
+    ram.close_leftovers(target.pid, tmp_path, NO_LENDER)
     assert attach.find_userfaultfds(target.pid) == ()
 
 
@@ -171,11 +171,11 @@ def test_what_a_late_helper_may_still_create_is_on_record(
     with monkeypatch.context() as patch:
         patch.setattr(attach, "obtain", fail)
         with pytest.raises(error):
-            ram.take(target.pid, (), tmp_path, ())
+            ram.take(target.pid, (), tmp_path, (), NO_LENDER)
     assert (ram.read_record(tmp_path) is not None) is stays
     if stays:
         open_one(target, initialized=False)  # and so it did
-        ram.close_leftovers(target.pid, tmp_path)
+        ram.close_leftovers(target.pid, tmp_path, NO_LENDER)
     assert attach.find_userfaultfds(target.pid) == ()
 
 
@@ -187,7 +187,7 @@ def test_giving_back_can_be_tried_again(target: Victim, tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ram, "_empty", take_nothing)
-        taken = ram.take(target.pid, (), tmp_path, ())
+        taken = ram.take(target.pid, (), tmp_path, (), NO_LENDER)
     stop(target)
     for _ in range(2):
         with pytest.raises(attach.AttachRefusedError):
@@ -200,7 +200,7 @@ def test_giving_back_can_be_tried_again(target: Victim, tmp_path: Path) -> None:
 
 
 def test_what_a_late_helper_closed_after_all_is_closed(target: Victim, tmp_path: Path) -> None:
-    taken = ram.take(target.pid, (), tmp_path, ())
+    taken = ram.take(target.pid, (), tmp_path, (), NO_LENDER)
     attach.close_in_target(target.pid, taken.uffd_fd)
     ram.give_back(taken, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -90,14 +90,17 @@ def user_command(uid: int = 65534) -> list[str]:
 
 
 @contextlib.contextmanager
-def victim(mode: str, *arguments: object, under: Sequence[str] = ()) -> Iterator[Victim]:
+def victim(
+    mode: str, *arguments: object, under: Sequence[str] = (), pass_fds: Sequence[int] = ()
+) -> Iterator[Victim]:
     """A victim that is in its mode; killed at the end if it still runs.
 
     :param under: a command that starts it, e.g. `filtered_command`.
+    :param pass_fds: descriptors of ours that it has, under the same numbers.
     """
     command = [*under, victim_binary(), mode, *map(str, arguments)]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=pass_fds
     ) as process:
         assert process.stdout
         try:
@@ -164,3 +167,16 @@ def inject(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return Report(**json.loads(done.stdout))
+
+
+class NoLender:
+    """For a target that may create userfaultfds by itself."""
+
+    def lend(self) -> int:
+        raise AssertionError("nothing was to be lent")
+
+    def take_back(self) -> None:
+        raise AssertionError("nothing was lent")
+
+
+NO_LENDER = NoLender()
