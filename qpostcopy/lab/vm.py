@@ -62,7 +62,11 @@ class Boot:
 
 @dataclass(frozen=True, slots=True)
 class VmSpec:
-    """How a QEMU is to be started. Several backends become one NUMA node each."""
+    """How a QEMU is to be started. Several backends become one NUMA node each.
+
+    :ivar user: uid and gid that QEMU runs as, without any right; None: ours. The VM's directory
+        then belongs to that user, as an operator's /run/vm would, and must be reachable for it.
+    """
 
     backends: tuple[Backend, ...]
     incoming: bool = False
@@ -71,6 +75,7 @@ class VmSpec:
     qemu: str = "qemu-system-x86_64"
     accelerator: str = "tcg"
     more: tuple[str, ...] = ()
+    user: int | None = None
     outlives_us: bool = False
 
     @property
@@ -93,6 +98,7 @@ class Vm:
         self.serial_path = directory / f"{name}.serial"
         self.log_path = directory / f"{name}.log"
         self._memfds: dict[str, int] = {}
+        self._boot_fds: dict[Path, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._observer: Observer | None = None
         self._serial: socket.socket | None = None
@@ -134,11 +140,14 @@ class Vm:
         observer, observer_client = _listener_and_client(self.observer_path)
         try:
             self._make_memfds()
+            self._prepare_for_user()
             passed = [serial.fileno(), observer.fileno(), *self._memfds.values()]
+            passed += self._boot_fds.values()
             self._process = self._spawn(self.arguments(serial.fileno(), observer.fileno()), passed)
         finally:
             serial.close()
             observer.close()
+            self._close_boot_files()
         try:
             self._observer = Observer(observer_client)
         except (ObserverError, ObserverTimeoutError) as error:
@@ -209,7 +218,8 @@ class Vm:
         line += ["-serial", "chardev:serial"]
         if spec.boot:
             words = " ".join((KERNEL_LINE, *spec.boot.words))
-            line += ["-kernel", str(spec.boot.kernel), "-initrd", str(spec.boot.initrd)]
+            line += ["-kernel", self._boot_path(spec.boot.kernel)]
+            line += ["-initrd", self._boot_path(spec.boot.initrd)]
             line += ["-append", words]
         if spec.incoming:
             line += ["-incoming", "defer"]
@@ -245,9 +255,28 @@ class Vm:
                 os.ftruncate(fd, backend.size_bytes)
                 self._memfds[backend.name] = fd
 
+    def _prepare_for_user(self) -> None:
+        """What another user needs of ours: the directory, and files below closed directories."""
+        if self.spec.user is None:
+            return
+        os.chown(self.qmp_path.parent, self.spec.user, self.spec.user)
+        for path in (self.spec.boot.kernel, self.spec.boot.initrd) if self.spec.boot else ():
+            self._boot_fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _close_boot_files(self) -> None:
+        for fd in self._boot_fds.values():
+            os.close(fd)
+        self._boot_fds.clear()
+
+    def _boot_path(self, path: Path) -> str:
+        return f"/proc/self/fd/{self._boot_fds[path]}" if path in self._boot_fds else str(path)
+
     def _spawn(self, arguments: list[str], passed_fds: list[int]) -> subprocess.Popen[bytes]:
-        if not self.spec.outlives_us:
-            arguments = ["setpriv", "--pdeathsig", "KILL", "--", *arguments]
+        options = [] if self.spec.outlives_us else ["--pdeathsig", "KILL"]
+        if (user := self.spec.user) is not None:
+            options += [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        if options:
+            arguments = ["setpriv", *options, "--", *arguments]
 
         def spawn() -> subprocess.Popen[bytes]:
             with self.log_path.open("wb") as log:

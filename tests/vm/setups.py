@@ -56,10 +56,22 @@ class Setup:
         return replace(self.source(sizes, **more), incoming=True, **self.there)
 
 
+#: As distributions and libvirt confine it.
+SANDBOX = (
+    "-sandbox",
+    "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+)
+#: `nobody`: no right, no group, and nothing of ours belongs to it.
+NOBODY = 65534
+
 #: What everything else is compared with.
 PLAIN = Setup("plain")
 
 ROWS: tuple[Setup, ...] = (
     PLAIN,
+    # Root may create a userfaultfd; the filter is suspended for the call.
+    Setup("sandbox-root", VmSpec((), more=SANDBOX)),
+    # EPERM: it is lent /dev/userfaultfd. Our state directory is closed to it.
+    Setup("unprivileged-sandbox", VmSpec((), more=SANDBOX, user=NOBODY)),
     Setup("two-nodes", sizes=(18 * MIB, 22 * MIB), guest_sizes=(96 * MIB, 64 * MIB)),
 )
