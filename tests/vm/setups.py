@@ -66,12 +66,13 @@ NOBODY = 65534
 
 #: What everything else is compared with.
 PLAIN = Setup("plain")
+#: EPERM: it is lent /dev/userfaultfd. Our state directory is closed to it.
+UNPRIVILEGED = Setup("unprivileged-sandbox", VmSpec((), more=SANDBOX, user=NOBODY))
 
 ROWS: tuple[Setup, ...] = (
     PLAIN,
     # Root may create a userfaultfd; the filter is suspended for the call.
     Setup("sandbox-root", VmSpec((), more=SANDBOX)),
-    # EPERM: it is lent /dev/userfaultfd. Our state directory is closed to it.
-    Setup("unprivileged-sandbox", VmSpec((), more=SANDBOX, user=NOBODY)),
+    UNPRIVILEGED,
     Setup("two-nodes", sizes=(18 * MIB, 22 * MIB), guest_sizes=(96 * MIB, 64 * MIB)),
 )
