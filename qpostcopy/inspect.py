@@ -34,6 +34,7 @@ from qpostcopy.regions import (
     punch_empty,
 )
 from qpostcopy.uffd.attach import find_userfaultfds
+from qpostcopy.uffd.rights import filter_refusal, way_to_userfaultfd
 
 #: Rights that some way of ours through the kernel asks for: bit in CapEff -> name.
 RIGHTS = {
@@ -95,6 +96,8 @@ async def gather_facts(
         other_mappers=tuple(await asyncio.to_thread(find_other_mappers, pid, blocks)),
         userfaults=await asyncio.to_thread(find_userfaultfds, pid),
         effective_rights=effective_rights(),
+        userfaultfd=way_to_userfaultfd(pid),
+        filter_refusal=filter_refusal(pid),
         kernel_release=platform.release(),
         kernel_missing=await asyncio.to_thread(missing_kernel_features),
         memory_available_bytes=memory_available_bytes(),

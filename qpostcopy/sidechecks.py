@@ -280,7 +280,30 @@ def source_state(source: SideFacts) -> Findings:
         )
 
 
+def _userfaultfd(destination: SideFacts) -> Findings:
+    """Can this QEMU be made to create one?"""
+    who = f"QEMU {destination.pid} (uid {destination.uid})"
+    if destination.userfaultfd == "none":
+        yield Finding(
+            "userfaultfd-not-permitted",
+            "destination",
+            f"{who} may not create a userfaultfd, and there is no /dev/userfaultfd that we could "
+            "lend it",
+            "run qpostcopy as root on Linux 6.1 or later (a container must be given the device); "
+            "or sysctl vm.unprivileged_userfaultfd=1",
+        )
+    if destination.filter_refusal:
+        yield Finding(
+            "filter-in-the-way",
+            "destination",
+            f"{who} has a seccomp filter that we cannot suspend for the calls that we have it "
+            f"make: {destination.filter_refusal}",
+            "run qpostcopy as root and outside of containers; or start QEMU without -sandbox",
+        )
+
+
 def destination_state(destination: SideFacts) -> Findings:
+    yield from _userfaultfd(destination)
     if destination.run_status != "inmigrate":
         yield Finding(
             "destination-not-waiting",

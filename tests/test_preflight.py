@@ -107,6 +107,9 @@ AT_SOURCE: list[tuple[dict[str, Any], str]] = [
 #: the same at the destination
 AT_DESTINATION: list[tuple[dict[str, Any], str]] = [
     ({"run_status": "prelaunch"}, "destination-not-waiting"),
+    ({"userfaultfd": "lent"}, ""),
+    ({"userfaultfd": "none"}, "userfaultfd-not-permitted"),
+    ({"filter_refusal": "we run without CAP_SYS_ADMIN"}, "filter-in-the-way"),
     ({"run_status": "running", "running": True}, "destination-not-waiting"),
     ({"run_status": "paused"}, "destination-not-waiting"),
     ({"mem_lock": True}, "memory-locked"),

@@ -90,6 +90,10 @@ class SideFacts(Model):
     devices: tuple[str, ...] = Field(description="qom types of devices that matter, e.g. vfio-pci")
     userfaults: tuple[int, ...] = Field(description="fds of userfaultfds QEMU already holds")
     effective_rights: tuple[str, ...] = Field(description="of CAP_SYS_PTRACE, ... what we hold")
+    userfaultfd: Literal["own", "lent", "none"] = Field(
+        "own", description="how QEMU comes by one: by its own right, by our device, or not at all"
+    )
+    filter_refusal: str = Field("", description="why QEMU's seccomp filter is in our way")
     kernel_release: str
     kernel_missing: tuple[str, ...] = Field(description="features we need and do not find, named")
     memory_available_bytes: int

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from qpostcopy.lab.vm import Backend, Vm, VmError, VmSpec
+from tests.qmp.support import private_directory
 
 pytestmark = pytest.mark.vm
 
@@ -85,7 +86,8 @@ _STARTS_ONE = """
 import sys, threading
 from pathlib import Path
 from qpostcopy.lab.vm import Backend, Vm, VmSpec
-vm = Vm("vm", VmSpec((Backend("ram", 64 << 20),), paused=True), Path(sys.argv[1]))
+user = int(sys.argv[2]) or None
+vm = Vm("vm", VmSpec((Backend("ram", 64 << 20),), paused=True, user=user), Path(sys.argv[1]))
 # In a thread that ends: the death signal of prctl(2) belongs to the thread that forked.
 thread = threading.Thread(target=vm.start)
 thread.start()
@@ -96,14 +98,22 @@ sys.stdin.read()
 """
 
 
-def test_qemu_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", _STARTS_ONE, str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as owner:
+@pytest.mark.root
+@pytest.mark.parametrize("user", [0, 65534])
+def test_qemu_dies_with_the_process_that_started_it(user: int) -> None:
+    """As another user, too: a change of user makes the kernel forget the death signal."""
+    with (
+        private_directory() as directory,
+        subprocess.Popen(
+            [sys.executable, "-c", _STARTS_ONE, str(directory), str(user)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as owner,
+    ):
         assert owner.stdout
-        pidfd = os.pidfd_open(int(owner.stdout.readline()))
+        pid = int(owner.stdout.readline())
+        assert Path(f"/proc/{pid}").stat().st_uid == user
+        pidfd = os.pidfd_open(pid)
         try:
             owner.send_signal(signal.SIGKILL)
             assert select.select([pidfd], [], [], 10)[0], "QEMU outlives its owner"

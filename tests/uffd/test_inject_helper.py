@@ -36,6 +36,7 @@ US = os.getpid()
         (CoreSystemError("step", errno.EIO, 0, 0), AttachError, None),
         (RefusedByCoreError("no", errno.EPERM, US, 0), AttachRefusedError, f"pid {US}"),
         (RefusedByCoreError("no", errno.EPERM, 0, 0), AttachRefusedError, "CAP_SYS_PTRACE"),
+        (RefusedByCoreError("no", errno.EACCES, 0, 0), AttachRefusedError, "CAP_SYS_ADMIN"),
         (RefusedByCoreError("no", 0, 0, 0), AttachRefusedError, "64-bit x86"),
         (RefusedByCoreError("no", errno.ENOSYS, 0, 0), AttachRefusedError, "64-bit x86"),
     ],

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qpostcopy.core.calls import lib
 
@@ -22,6 +23,8 @@ _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 #: `enum qpc_code` of core/error.h, as the injector prints it.
 OK, TIMEOUT, GONE, REFUSED = lib.QPC_OK, lib.QPC_TIMEOUT, lib.QPC_GONE, lib.QPC_REFUSED
+
+SYS_PAUSE = 34
 
 STORM = [
     signal.SIGUSR1,
@@ -87,6 +90,13 @@ def filtered_command(number: int) -> list[str]:
 def user_command(uid: int = 65534) -> list[str]:
     """What comes before a command that is to run without any right."""
     return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
+
+
+def lesser_command(how: Literal["no-admin", "filtered"]) -> list[str]:
+    """What comes before a tracer that may not suspend another's filter."""
+    if how == "filtered":
+        return filtered_command(SYS_PAUSE)
+    return ["setpriv", "--bounding-set=-sys_admin", "--"]
 
 
 @contextlib.contextmanager
