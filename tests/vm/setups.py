@@ -61,13 +61,18 @@ SANDBOX = (
     "-sandbox",
     "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 )
-#: `nobody`: no right, no group, and nothing of ours belongs to it.
-NOBODY = 65534
+#: Users without any right or group, to whom nothing of ours belongs; 65534 is `nobody`.
+NOBODY, NOBODY_ELSE = 65534, 65533
 
 #: What everything else is compared with.
 PLAIN = Setup("plain")
-#: EPERM: it is lent /dev/userfaultfd. Our state directory is closed to it.
-UNPRIVILEGED = Setup("unprivileged-sandbox", VmSpec((), more=SANDBOX, user=NOBODY))
+#: EPERM: it is lent /dev/userfaultfd. Our state directory is closed to both, and theirs to each
+#: other.
+UNPRIVILEGED = Setup(
+    "unprivileged-sandbox",
+    VmSpec((), more=SANDBOX, user=NOBODY),
+    there={"user": NOBODY_ELSE},
+)
 
 ROWS: tuple[Setup, ...] = (
     PLAIN,

@@ -15,7 +15,7 @@ from qpostcopy.lab.vm import Vm
 from qpostcopy.uffd.attach import find_devices
 from tests.qmp.support import private_directory
 from tests.vm.scene import Scene
-from tests.vm.setups import UNPRIVILEGED
+from tests.vm.setups import NOBODY, NOBODY_ELSE, UNPRIVILEGED
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
@@ -35,29 +35,31 @@ def open_files(vm: Vm) -> set[str]:
 
 def test_it_has_no_right_and_is_filtered(scene: Scene) -> None:
     """Else this file tests nothing."""
-    for vm in (scene.source, scene.destination):
+    for vm, user in ((scene.source, NOBODY), (scene.destination, NOBODY_ELSE)):
         status = Path(f"/proc/{vm.pid}/status").read_text()
-        assert "\nUid:\t65534\t65534\t65534\t65534\n" in status
+        assert f"\nUid:\t{user}\t{user}\t{user}\t{user}\n" in status
         assert "\nCapEff:\t0000000000000000\n" in status
         assert "\nSeccomp:\t2\n" in status
 
 
-@pytest.mark.parametrize(
-    ("at", "code"),
-    [
-        # Lent, and not used: the connection for device state, at both.
-        ("serve_faults:before SIGTERM controller", 143),
-        ("open_device_state:after SIGKILL page-server", 4),
-        ("open_device_state:after SIGKILL handler", 4),
-    ],
-)
-def test_turned_back(scene: Scene, at: str, code: int) -> None:
-    before = [open_files(scene.source), open_files(scene.destination)]
+def turn_back(scene: Scene, at: str, code: int) -> None:
+    """A destination that was told `migrate-incoming` before the trouble was seen is ended."""
+    before = {vm: open_files(vm) for vm in (scene.source, scene.destination)}
     ended = scene.migrate(at=at)
     assert ended.rc == code, ended.err + scene.logs()
     scene.assert_back()
-    assert [open_files(scene.source), open_files(scene.destination)] == before
-    # And once more, from the start, with the same QEMUs.
+    for vm, files in before.items():
+        assert (vm is scene.destination and not vm.alive) or open_files(vm) == files
+
+
+@pytest.mark.parametrize("companion", ["page-server", "handler"])
+def test_a_companion_killed_with_everything_lent(scene: Scene, companion: str) -> None:
+    """Lent, and not used: the connection for device state, at both."""
+    turn_back(scene, f"open_device_state:after SIGKILL {companion}", 4)
+
+
+def test_cancelled_and_tried_again(scene: Scene) -> None:
+    turn_back(scene, "serve_faults:before SIGTERM controller", 143)
     ended = scene.migrate()
     assert ended.rc == 0, ended.err + scene.logs()
     assert "lending it /dev/userfaultfd" in scene.logs()
