@@ -100,8 +100,8 @@ class MonitorHolder:
     async def lend(self, fd: int, name: str) -> None:
         """Give QEMU a descriptor (borrowed: a copy goes there) under a name, with `getfd`.
 
-        One that QEMU has under this name already is closed there. Not `add-fd`: QEMU before
-        9.1 closes such a descriptor only while its guest runs, whatever `remove-fd` returns.
+        One that QEMU has under this name already is closed there. Not `add-fd`: after
+        `remove-fd`, QEMU 5.2 and 7.2 close such a descriptor only once their guest runs.
 
         :raise QpostcopyError: as `execute`; QEMU may have it all the same.
         """
