@@ -24,6 +24,7 @@ from qpostcopy.errors import QpostcopyError, UsageError
 T = TypeVar("T")
 
 _OTHER_LINES_KEPT = 50
+_CACHE = Path(__file__).resolve().parents[2] / ".cache" / "guest"
 
 
 class GuestError(QpostcopyError):
@@ -273,13 +274,22 @@ def find_image(kernel: Path | None = None, initrd: Path | None = None) -> tuple[
 
     :raise GuestImageError: one of them is not there; the remedy says how to get it.
     """
-    cache = Path(__file__).resolve().parents[2] / ".cache" / "guest"
-    found = (kernel or cache / "vmlinuz", initrd or cache / "initrd")
-    for path in found:
-        if not path.is_file():
-            raise GuestImageError(
-                f"no guest to boot: {path} does not exist",
-                remedy="run scripts/setup in a checkout of qpostcopy, which makes one, "
-                "or pass --kernel and --initrd",
-            )
-    return found
+    return (_existing(kernel or _CACHE / "vmlinuz"), _existing(initrd or _CACHE / "initrd"))
+
+
+def find_bare_image() -> Path:
+    """The guest without an operating system (scripts/guest/bare), which any KVM can run.
+
+    :raise GuestImageError: it is not there; the remedy says how to get it.
+    """
+    return _existing(_CACHE / "bare.elf")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise GuestImageError(
+            f"no guest to boot: {path} does not exist",
+            remedy="run scripts/setup in a checkout of qpostcopy, which makes one, "
+            "or pass --kernel and --initrd",
+        )
+    return path

@@ -53,10 +53,14 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """What the guest boots; `words` are added to the kernel's command line."""
+    """What the guest boots.
+
+    :param initrd: None: the kernel is no Linux, and takes no command line.
+    :param words: are added to the kernel's command line.
+    """
 
     kernel: Path
-    initrd: Path
+    initrd: Path | None = None
     words: tuple[str, ...] = ()
 
 
@@ -217,10 +221,10 @@ class Vm:
         line += ["-chardev", f"socket,id=serial,fd={serial_fd},server=on,wait=off"]
         line += ["-serial", "chardev:serial"]
         if spec.boot:
-            words = " ".join((KERNEL_LINE, *spec.boot.words))
             line += ["-kernel", self._boot_path(spec.boot.kernel)]
-            line += ["-initrd", self._boot_path(spec.boot.initrd)]
-            line += ["-append", words]
+        if spec.boot and spec.boot.initrd:
+            words = " ".join((KERNEL_LINE, *spec.boot.words))
+            line += ["-initrd", self._boot_path(spec.boot.initrd), "-append", words]
         if spec.incoming:
             line += ["-incoming", "defer"]
         if spec.paused:
@@ -260,7 +264,8 @@ class Vm:
         if self.spec.user is None:
             return
         os.chown(self.qmp_path.parent, self.spec.user, self.spec.user)
-        for path in (self.spec.boot.kernel, self.spec.boot.initrd) if self.spec.boot else ():
+        boot = self.spec.boot
+        for path in filter(None, (boot.kernel, boot.initrd) if boot else ()):
             self._boot_fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _close_boot_files(self) -> None:

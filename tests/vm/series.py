@@ -1,4 +1,4 @@
-"""A Linux guest that is moved from QEMU to QEMU, and looks at its memory.
+"""A guest that is moved from QEMU to QEMU, and looks at its memory.
 
 The destination of one migration is the source of the next.
 """
@@ -106,9 +106,10 @@ class Series:
     def handler_killed(self, chance: random.Random) -> None:
         """At a random moment of a postcopy that takes about a second."""
         there = self.next_destination()
-        viewer = self.start(there, profile=chance.choice(PROFILES), push="100MiB/s")
+        push = f"{sum(self.setup.guest_sizes) // 2 >> 20}MiB/s"
+        viewer = self.start(there, profile=chance.choice(PROFILES), push=push)
         read = read_until_phase(viewer, "postcopy")
-        time.sleep(chance.uniform(0, 0.8))
+        time.sleep(chance.uniform(0, 0.6))
         latest = StateDirectory.open(max(self.run_directory.iterdir()))
         kill(latest.state.destination.companion)
         self.arrive(there, finish_after(viewer, read))

@@ -6,11 +6,14 @@ of Debian 12, root, TCG, RAM in memfds, no devices) is what the row is about.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qpostcopy.lab.guest import find_image
+import pytest
+
+from qpostcopy.lab.guest import find_bare_image, find_image
 from qpostcopy.lab.vm import Backend, Boot, VmSpec
 
 MIB = 1 << 20
@@ -24,6 +27,17 @@ def memfds(sizes: tuple[int, ...]) -> tuple[Backend, ...]:
 def linux() -> Boot:
     """Debian's cloud kernel and our workload, at a rate that any machine holds."""
     return Boot(*find_image(), words=("workload=service", "rate=500"))
+
+
+def bare() -> Boot:
+    """The guest without an operating system: a KVM that cannot run Linux runs it."""
+    return Boot(find_bare_image())
+
+
+def require_kvm() -> None:
+    """Skip the test where KVM cannot be used."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("no KVM: /dev/kvm cannot be opened")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,8 @@ class Setup:
 
     def source(self, sizes: tuple[int, ...], **more: Any) -> VmSpec:
         """The source, its RAM of these sizes. :param more: fields of VmSpec."""
+        if self.vm.accelerator == "kvm":
+            require_kvm()
         return replace(self.vm, backends=self.backends(sizes), **more)
 
     def destination(self, sizes: tuple[int, ...], **more: Any) -> VmSpec:
@@ -80,4 +96,6 @@ ROWS: tuple[Setup, ...] = (
     Setup("sandbox-root", VmSpec((), more=SANDBOX)),
     UNPRIVILEGED,
     Setup("two-nodes", sizes=(18 * MIB, 22 * MIB), guest_sizes=(96 * MIB, 64 * MIB)),
+    Setup("bare", boot=bare, guest_sizes=(16 * MIB,)),
+    Setup("kvm", VmSpec((), accelerator="kvm"), boot=bare, guest_sizes=(16 * MIB,)),
 )
