@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,8 @@ def test_faults_of_kernel_mode_are_served(series: Series) -> None:
     try:
         wait_until(lambda: waits_in_kvm_run(thread), "the vCPU waits for a page, in KVM_RUN")
     finally:
-        os.kill(handler.pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(handler.pid, signal.SIGCONT)
     ended = finish_after(viewer, read)
     series.arrive(there, ended)
     assert ended.result["faults"]["count"] > 0
