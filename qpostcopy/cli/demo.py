@@ -16,7 +16,7 @@ from qpostcopy.config import load_profile, shipped_profiles
 from qpostcopy.errors import ExitCode, UsageError
 from qpostcopy.lab.guest import Ready, find_image
 from qpostcopy.lab.measure import GuestCost
-from qpostcopy.lab.scenario import Check, Scenario, Setting
+from qpostcopy.lab.scenario import WORKLOADS, Check, Scenario, Setting
 from qpostcopy.progress import human_bytes, human_seconds
 from qpostcopy.report import PageCounts, Result
 
@@ -49,7 +49,7 @@ Display = PlainDisplay | TerminalDisplay
 )
 @click.option(
     "--workload",
-    type=click.Choice(["service", "idle"]),
+    type=click.Choice(WORKLOADS),
     default="service",
     show_default=True,
     help="What the guest does meanwhile.",
@@ -151,7 +151,7 @@ def _steps(scenario: Scenario, json_file: Path | None) -> int:
         _tell_failure(scenario)
         _write_result(json_file, scenario.result)
         return status
-    cost, checks = scenario.cost(), scenario.checks(ready)
+    cost, checks = scenario.cost(ready), scenario.checks(ready)
     scenario.result["guest"] = cost.model_dump(mode="json")
     _write_result(json_file, scenario.result)
     _report(scenario, ready, cost, checks)
@@ -210,6 +210,7 @@ def _facts(result: Result, ready: Ready, cost: GuestCost) -> list[tuple[str, str
     downtime = "unknown" if result.downtime_ms is None else f"{result.downtime_ms:.1f} ms"
     phases = (f"{phase.name} {phase.duration_ms:.0f} ms" for phase in result.phases)
     rate = f"{ready.rate} requests/s" if ready.rate else "as fast as it can"
+    late = "" if cost.late_ms is None else f"; {cost.late_ms:.0f} ms late"
     return [
         ("guest", f"{human_bytes(result.ram_bytes)}, {ready.workload}, {rate}"),
         ("QEMU", f"{result.qemu.get('source')} to {result.qemu.get('destination')}"),
@@ -226,7 +227,7 @@ def _facts(result: Result, ready: Ready, cost: GuestCost) -> list[tuple[str, str
         (
             "the guest lost",
             f"{cost.work_lost_ms:.0f} ms of work at {cost.baseline_ops_per_second:.0f} "
-            f"operations/s; {cost.late_ms:.0f} ms late",
+            f"operations/s{late}",
         ),
     ]
 

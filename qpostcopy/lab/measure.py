@@ -27,11 +27,14 @@ _STEP_SECONDS = 0.02
 
 
 class GuestCost(Model):
-    """`guest` of the result object."""
+    """`guest` of the result object.
+
+    :ivar late_ms: None where requests fall due at no rate, and none can be late.
+    """
 
     workload: str
     work_lost_ms: float
-    late_ms: float
+    late_ms: float | None
     corrupt_pages: int
     baseline_ops_per_second: float
 

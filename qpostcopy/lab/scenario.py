@@ -41,6 +41,8 @@ from qpostcopy.report import Result
 Message = dict[str, Any]
 
 DOWNTIME_LIMIT_MS = 50.0
+#: What the guest can be told to do (scripts/guest/workload.c).
+WORKLOADS = ("service", "kv", "scan", "churn", "idle")
 #: Sums to `total`, each page counted once by how it came to be placed.
 PAGE_KINDS = ("hole", "zero", "precopy", "push", "demand", "around")
 
@@ -205,17 +207,18 @@ class Scenario:
         self._verified = self.guest.verify(limit_seconds)
         return self._verified
 
-    def cost(self) -> GuestCost:
+    def cost(self, ready: Ready) -> GuestCost:
         """What the migration cost the guest."""
         reports = self.guest.reports
         measurement = Measurement(reports)
         resumed_s = next((r.host_s for r in reports if r.port == _DESTINATION_PORT), None)
         if resumed_s is None:
             raise GuestError("the guest never reported from the destination")
+        late_ms = measurement.late_ms(self._started_s, self._settled_s)
         return GuestCost(
             workload=self.setting.workload,
             work_lost_ms=measurement.work_lost_ms(self._started_s, resumed_s, self.baseline),
-            late_ms=measurement.late_ms(self._started_s, self._settled_s),
+            late_ms=late_ms if ready.rate else None,
             corrupt_pages=self._verified.corrupt if self._verified else reports[-1].corrupt,
             baseline_ops_per_second=self.baseline,
         )

@@ -57,6 +57,11 @@ static uint64_t page_of(uint64_t rank)
     return (uint64_t)memory.order[rank / CLUSTER_PAGES] * CLUSTER_PAGES + rank % CLUSTER_PAGES;
 }
 
+const void *address_of(uint64_t rank)
+{
+    return words_of(page_of(rank));
+}
+
 static void write_seals(uint64_t page, uint32_t generation)
 {
     uint64_t *words = words_of(page), value = seal(page, generation);

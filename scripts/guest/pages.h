@@ -48,6 +48,9 @@ extern struct memory memory;
 /* Takes nearly all the memory there is and fills it. */
 void fill_memory(void);
 
+/* Where the page of that rank lies, in our address space. */
+const void *address_of(uint64_t rank);
+
 /* Checks the page of that rank; writes a new generation of it if asked to (never to zero pages). */
 void touch(uint64_t rank, int write);
 

@@ -3,6 +3,13 @@
  * It fills the memory it finds (pages.h), works on it at a given rate or as fast
  * as it can, and reports how far it is and how late.
  *
+ * Workloads (how pages are drawn: picks.h; 20 pages a request, half of them written):
+ *   service  requests at a fixed rate, nearly all to hot pages
+ *   kv       pages by Zipf's law, as fast as it can
+ *   scan     all pages in address order, round and round, as fast as it can
+ *   churn    writes only, uniformly at random, as fast as it can
+ *   idle     a heartbeat: a request touches nothing
+ *
  * Serial protocol, one line each, decimal. Guest to host:
  *   @ready WORKLOAD RATE DATA_PAGES ZERO_PAGES TOTAL_PAGES
  *   @r SEQ GUEST_US OPS LATE_US CORRUPT      every 20 ms
@@ -32,6 +39,7 @@
 #include "console.h"
 #include "drivers.h"
 #include "pages.h"
+#include "picks.h"
 
 enum {
     TICK_US = 2000,          /* requests that fall due within a tick are served together */
@@ -45,6 +53,7 @@ struct workload {
     unsigned rate;              /* requests a second; 0: as fast as it can */
     unsigned pages_per_request;
     unsigned written_of_16;     /* how many of 16 touches write */
+    void (*prepare)(void);      /* once memory is filled */
     uint64_t (*pick)(void);     /* rank of the page to touch */
 };
 
@@ -63,22 +72,14 @@ static int serial = -1;
 
 /* --- workloads --------------------------------------------------------------------------- */
 
-/* 95% from the hottest 5% of memory, 4.5% from the next 20%, the rest from anywhere. */
-static uint64_t pick_hot(void)
-{
-    uint64_t hot = memory.total_pages / 20, warm = memory.total_pages / 5;
-    uint64_t dice = random_below(1000);
-    if (dice < 950)
-        return random_below(hot);
-    if (dice < 995)
-        return hot + random_below(warm);
-    return random_below(memory.touched_pages);
-}
-
-/* kv, scan and churn get a line here and a function above. */
 static const struct workload workloads[] = {
     {.name = "service", .rate = 2000, .pages_per_request = 20, .written_of_16 = 8,
      .pick = pick_hot},
+    {.name = "kv", .pages_per_request = 20, .written_of_16 = 8, .prepare = prepare_zipf,
+     .pick = pick_zipf},
+    {.name = "scan", .pages_per_request = 20, .written_of_16 = 8, .prepare = prepare_sweep,
+     .pick = pick_next},
+    {.name = "churn", .pages_per_request = 20, .written_of_16 = 16, .pick = pick_data},
     {.name = "idle", .rate = 100},
 };
 
@@ -262,6 +263,8 @@ int main(void)
         load_drivers();
     choose_workload();
     fill_memory();
+    if (workload->prepare)
+        workload->prepare();
     choose_rate();
     say("@ready %s %u %llu %llu %llu\n", workload->name, progress.rate,
         (unsigned long long)memory.data_pages,

@@ -15,7 +15,13 @@ import pytest
 
 from qpostcopy.lab.guest import Ready, Verified
 from qpostcopy.lab.leftovers import processes_naming
-from qpostcopy.lab.scenario import PAGE_KINDS, _check_content, _check_downtime, _check_page_counts
+from qpostcopy.lab.scenario import (
+    PAGE_KINDS,
+    WORKLOADS,
+    _check_content,
+    _check_downtime,
+    _check_page_counts,
+)
 from qpostcopy.report import PageCounts, Result, ResultStatus
 
 LIMIT_SECONDS = 120
@@ -110,7 +116,7 @@ def test_what_cannot_be_played_is_refused_at_once(
 @pytest.mark.vm
 @pytest.mark.root
 @pytest.mark.slow
-@pytest.mark.parametrize("workload", ["service", "idle"])
+@pytest.mark.parametrize("workload", WORKLOADS)
 def test_a_guest_is_moved_and_proves_its_memory(scratch: Path, workload: str) -> None:
     file = scratch / "result.json"
     done = demo("--memory", "192", "--workload", workload, "--json", file)
@@ -123,6 +129,9 @@ def test_a_guest_is_moved_and_proves_its_memory(scratch: Path, workload: str) ->
     assert result["guest"]["workload"] == workload
     assert result["guest"]["corrupt_pages"] == 0
     assert result["guest"]["baseline_ops_per_second"] > 0
+    paced = workload in ("service", "idle")
+    assert (result["guest"]["late_ms"] is not None) == paced
+    assert ("as fast as it can" not in done.stdout) == paced
     assert not {"v", "type", "ts"} & result.keys()
     assert "FAILED" not in done.stdout
     assert "\x1b" not in done.stdout + done.stderr, "no terminal, no escape codes"
