@@ -15,71 +15,48 @@ from itertools import pairwise
 import pytest
 
 from qpostcopy.core import PAGE_BYTES
-from qpostcopy.lab.guest import Guest, Ready, find_bare_image
-from qpostcopy.lab.vm import Backend, Boot, Vm, VmSpec
+from qpostcopy.lab.guest import find_bare_image
+from qpostcopy.lab.vm import Boot
+from tests.lab.booted import Booted, booted_guest
 
 pytestmark = pytest.mark.vm
 
 RAM_BYTES = 16 << 20
-CLUSTER_BYTES = 16 * PAGE_BYTES
 #: Above the guest's image and its table.
 PAGES_FROM = 2 << 20
 
 
-class Booted:
-    """A guest at work, and the file under its RAM."""
+def data_page(booted: Booted) -> int:
+    """The offset of one."""
+    full = (at for at, page in booted.pages(PAGES_FROM) if all(memoryview(page).cast("I")))
+    return next(full)
 
-    def __init__(self, vm: Vm, guest: Guest, ready: Ready) -> None:
-        self.vm = vm
-        self.guest = guest
-        self.ready = ready
-        self.ram_fd = vm.ram_fd("ram")
 
-    @property
-    def corrupt(self) -> int:
-        return self.guest.verify(30).corrupt
+def zero_page(booted: Booted) -> int:
+    """The offset of one that was touched."""
+    return next(at for at, page in booted.pages(PAGES_FROM) if not any(page))
 
-    def read(self, offset: int, size_bytes: int = PAGE_BYTES) -> bytes:
-        return os.pread(self.ram_fd, size_bytes, offset)
 
-    def data_page(self) -> int:
-        """The offset of one: it is full, and so are its neighbours."""
-        for offset in range(PAGES_FROM, RAM_BYTES, PAGE_BYTES):
-            words = memoryview(self.read(offset)).cast("I")
-            if all(words):
-                return offset
-        raise AssertionError("the guest filled nothing")
-
-    def zero_page(self) -> int:
-        """The offset of one that was touched: its cluster is there, and all zero."""
-        for offset in range(PAGES_FROM + CLUSTER_BYTES, RAM_BYTES, PAGE_BYTES):
-            if os.lseek(self.ram_fd, offset, os.SEEK_DATA) == offset and not any(self.read(offset)):
-                return offset
-        raise AssertionError("the guest has no zero page")
-
-    def speed(self) -> float:
-        """Operations a second, over one."""
-        start_s = time.monotonic()
-        self.guest.wait_report_after(start_s + 1, 10)
-        seen = [report for report in self.guest.reports if report.host_s >= start_s]
-        assert all(after.sequence == before.sequence + 1 for before, after in pairwise(seen))
-        assert len(seen) >= 25
-        return (seen[-1].operations - seen[0].operations) / (seen[-1].host_s - seen[0].host_s)
+def speed(booted: Booted) -> float:
+    """Operations a second, over one."""
+    start_s = time.monotonic()
+    booted.guest.wait_report_after(start_s + 1, 10)
+    seen = [report for report in booted.guest.reports if report.host_s >= start_s]
+    assert all(after.sequence == before.sequence + 1 for before, after in pairwise(seen))
+    assert len(seen) >= 25
+    return (seen[-1].operations - seen[0].operations) / (seen[-1].host_s - seen[0].host_s)
 
 
 @pytest.fixture(scope="module")
 def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Booted]:
-    spec = VmSpec((Backend("ram", RAM_BYTES, None),), boot=Boot(find_bare_image()))
-    with (
-        Vm("vm", spec, tmp_path_factory.mktemp("vm")) as vm,
-        Guest(vm.serial) as guest,
-    ):
-        yield Booted(vm, guest, guest.wait_ready(60))
+    directory = tmp_path_factory.mktemp("vm")
+    with booted_guest(Boot(find_bare_image()), RAM_BYTES, directory) as guest:
+        yield guest
 
 
 def test_it_reports_steadily_and_holds_its_rate(booted: Booted) -> None:
     assert booted.ready.workload == "bare"
-    assert booted.speed() == pytest.approx(booted.ready.rate, rel=0.2)
+    assert speed(booted) == pytest.approx(booted.ready.rate, rel=0.2)
 
 
 def test_memory_is_data_and_zero_pages_and_what_was_never_touched(booted: Booted) -> None:
@@ -102,45 +79,42 @@ def test_right_pages_are_right(booted: Booted) -> None:
 @pytest.mark.parametrize("word", [0, 1, 511, 512, 513, 700, 1022, 1023])
 def test_a_wrong_word_in_a_data_page_is_found(booted: Booted, word: int) -> None:
     before = booted.corrupt
-    booted.vm.observer.execute("stop")
-    offset = booted.data_page() + 4 * word
-    value = os.pread(booted.ram_fd, 4, offset)
-    os.pwrite(booted.ram_fd, bytes(byte ^ 1 for byte in value), offset)
-    booted.vm.observer.execute("cont")
+    with booted.stopped():
+        offset = data_page(booted) + 4 * word
+        value = os.pread(booted.ram_fd, 4, offset)
+        os.pwrite(booted.ram_fd, bytes(byte ^ 1 for byte in value), offset)
     assert booted.corrupt == before + 1
     assert booted.corrupt == before + 1, "a page is counted once"
 
 
 def test_a_wrong_word_in_a_zero_page_is_found(booted: Booted) -> None:
     before = booted.corrupt
-    os.pwrite(booted.ram_fd, b"\1", booted.zero_page() + 2000)
+    os.pwrite(booted.ram_fd, b"\1", zero_page(booted) + 2000)
     assert booted.corrupt == before + 1
 
 
 def test_stale_pages_are_found(booted: Booted) -> None:
     before = booted.corrupt
-    old = {at: booted.read(at) for at in range(PAGES_FROM, RAM_BYTES, PAGE_BYTES)}
+    old = dict(booted.pages(PAGES_FROM))
     booted.guest.wait_report_after(time.monotonic() + 0.5, 10)
-    booted.vm.observer.execute("stop")
-    written = [at for at, page in old.items() if booted.read(at) != page]
-    assert len(written) > 100
-    for at in written[:10]:
-        os.pwrite(booted.ram_fd, old[at], at)
-    booted.vm.observer.execute("cont")
+    with booted.stopped():
+        written = [at for at, page in old.items() if booted.read(at) != page]
+        assert len(written) > 100
+        for at in written[:10]:
+            os.pwrite(booted.ram_fd, old[at], at)
     assert booted.corrupt == before + 10
 
 
 def test_a_data_page_that_became_zeroes_is_found(booted: Booted) -> None:
     before = booted.corrupt
-    booted.vm.observer.execute("stop")
-    os.pwrite(booted.ram_fd, bytes(PAGE_BYTES), booted.data_page())
-    booted.vm.observer.execute("cont")
+    with booted.stopped():
+        os.pwrite(booted.ram_fd, bytes(PAGE_BYTES), data_page(booted))
     assert booted.corrupt == before + 1
 
 
 def test_the_rate_can_be_set(booted: Booted) -> None:
     booted.guest.set_rate(0)
-    assert booted.speed() > 2 * booted.ready.rate
+    assert speed(booted) > 2 * booted.ready.rate
     booted.guest.set_rate(booted.ready.rate)
 
 

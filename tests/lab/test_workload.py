@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import struct
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -16,58 +15,20 @@ from itertools import pairwise
 import pytest
 
 from qpostcopy.core import PAGE_BYTES
-from qpostcopy.lab.guest import Guest, Ready, find_image
-from qpostcopy.lab.vm import Backend, Boot, Vm, VmSpec
+from qpostcopy.lab.guest import find_image
+from qpostcopy.lab.vm import Boot
+from tests.lab.booted import Booted, booted_guest, is_data
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
 RAM_BYTES = 160 << 20
-#: What each word of a page's body adds to the one before (pages.c).
-FILLER_STEP = 0x9E3779B97F4A7C15
-_WORDS = struct.Struct("<4Q")
-
-
-class Booted:
-    """A guest at work, and the file under its RAM."""
-
-    def __init__(self, vm: Vm, guest: Guest, ready: Ready) -> None:
-        self.vm = vm
-        self.guest = guest
-        self.ready = ready
-        self.ram_fd = vm.ram_fd("ram")
-
-    @property
-    def corrupt(self) -> int:
-        return self.guest.verify(30).corrupt
-
-    def pages(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, content) of every page of RAM that is there."""
-        end = 0
-        while end < RAM_BYTES:
-            try:
-                start = os.lseek(self.ram_fd, end, os.SEEK_DATA)
-            except OSError:
-                return
-            end = os.lseek(self.ram_fd, start, os.SEEK_HOLE)
-            for offset in range(start, end, PAGE_BYTES):
-                yield offset, os.pread(self.ram_fd, PAGE_BYTES, offset)
-
-
-def is_data(page: bytes) -> bool:
-    """Whether a page is one that the workload filled."""
-    _, first, second, third = _WORDS.unpack_from(page)
-    steps = {(second - first) % 2**64, (third - second) % 2**64}
-    return steps == {FILLER_STEP}
 
 
 @pytest.fixture(scope="module")
 def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Booted]:
-    spec = VmSpec((Backend("ram", RAM_BYTES, None),), boot=Boot(*find_image()))
-    with (
-        Vm("vm", spec, tmp_path_factory.mktemp("vm")) as vm,
-        Guest(vm.serial) as guest,
-    ):
-        yield Booted(vm, guest, guest.wait_ready(60))
+    directory = tmp_path_factory.mktemp("vm")
+    with booted_guest(Boot(*find_image()), RAM_BYTES, directory) as guest:
+        yield guest
 
 
 def test_memory_is_as_the_contract_says(booted: Booted) -> None:
@@ -102,11 +63,10 @@ def test_right_pages_are_right(booted: Booted) -> None:
 @pytest.mark.parametrize("word", [0, 1, 255, 256, 300, 510, 511])
 def test_a_wrong_word_in_a_data_page_is_found(booted: Booted, word: int) -> None:
     before = booted.corrupt
-    booted.vm.observer.execute("stop")
-    offset = next(offset for offset, page in booted.pages() if is_data(page))
-    value = os.pread(booted.ram_fd, 8, offset + 8 * word)
-    os.pwrite(booted.ram_fd, bytes(byte ^ 1 for byte in value), offset + 8 * word)
-    booted.vm.observer.execute("cont")
+    with booted.stopped():
+        offset = next(offset for offset, page in booted.pages() if is_data(page))
+        value = os.pread(booted.ram_fd, 8, offset + 8 * word)
+        os.pwrite(booted.ram_fd, bytes(byte ^ 1 for byte in value), offset + 8 * word)
     assert booted.corrupt == before + 1
     assert booted.corrupt == before + 1, "a page is counted once"
 
@@ -115,25 +75,23 @@ def test_stale_pages_are_found(booted: Booted) -> None:
     before = booted.corrupt
     old = {offset: page for offset, page in booted.pages() if is_data(page)}
     booted.guest.wait_report_after(time.monotonic() + 0.5, 10)
-    booted.vm.observer.execute("stop")
-    written = [
-        offset
-        for offset, page in old.items()
-        if (now := os.pread(booted.ram_fd, PAGE_BYTES, offset)) != page and is_data(now)
-    ]
-    assert len(written) > 100
-    for offset in written[:10]:
-        os.pwrite(booted.ram_fd, old[offset], offset)
-    booted.vm.observer.execute("cont")
+    with booted.stopped():
+        written = [
+            offset
+            for offset, page in old.items()
+            if (now := os.pread(booted.ram_fd, PAGE_BYTES, offset)) != page and is_data(now)
+        ]
+        assert len(written) > 100
+        for offset in written[:10]:
+            os.pwrite(booted.ram_fd, old[offset], offset)
     assert booted.corrupt == before + 10
 
 
 def test_a_data_page_that_became_zeroes_is_found(booted: Booted) -> None:
     before = booted.corrupt
-    booted.vm.observer.execute("stop")
-    offset = next(offset for offset, page in booted.pages() if is_data(page))
-    os.pwrite(booted.ram_fd, bytes(PAGE_BYTES), offset)
-    booted.vm.observer.execute("cont")
+    with booted.stopped():
+        offset = next(offset for offset, page in booted.pages() if is_data(page))
+        os.pwrite(booted.ram_fd, bytes(PAGE_BYTES), offset)
     assert booted.corrupt == before + 1
 
 
