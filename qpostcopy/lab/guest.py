@@ -274,7 +274,11 @@ def find_image(kernel: Path | None = None, initrd: Path | None = None) -> tuple[
 
     :raise GuestImageError: one of them is not there; the remedy says how to get it.
     """
-    return (_existing(kernel or _CACHE / "vmlinuz"), _existing(initrd or _CACHE / "initrd"))
+    given = ", or pass --kernel and --initrd"
+    return (
+        _existing(kernel or _CACHE / "vmlinuz", given),
+        _existing(initrd or _CACHE / "initrd", given),
+    )
 
 
 def find_bare_image() -> Path:
@@ -285,11 +289,10 @@ def find_bare_image() -> Path:
     return _existing(_CACHE / "bare.elf")
 
 
-def _existing(path: Path) -> Path:
+def _existing(path: Path, or_else: str = "") -> Path:
     if not path.is_file():
         raise GuestImageError(
             f"no guest to boot: {path} does not exist",
-            remedy="run scripts/setup in a checkout of qpostcopy, which makes one, "
-            "or pass --kernel and --initrd",
+            remedy=f"run scripts/setup in a checkout of qpostcopy, which makes one{or_else}",
         )
     return path

@@ -24,7 +24,7 @@ from tests.vm.scene import finish_after, read_until_phase, wait_until
 from tests.vm.series import Series
 from tests.vm.setups import ROWS
 
-pytestmark = [pytest.mark.vm, pytest.mark.root]
+pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow]
 
 KVM = next(row for row in ROWS if row.name == "kvm")
 #: ioctl(2) on x86-64, and KVM_RUN: _IO(KVMIO, 0x80) of linux/kvm.h.
