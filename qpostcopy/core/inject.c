@@ -97,7 +97,8 @@ static int look(struct job *job, struct stop *stop, bool *stopped)
     *stopped = false;
     if (waitid(P_PID, (id_t)job->tid, &info, WEXITED | WSTOPPED | WNOWAIT | mine) < 0)
         return fail(job, errno == ECHILD ? QPC_GONE : QPC_SYSTEM, "wait: target is gone");
-    if (!info.si_pid) return QPC_OK;
+    if (!info.si_pid)
+        return QPC_OK;
     errno = 0;
     if (info.si_code != CLD_TRAPPED && info.si_code != CLD_STOPPED)
         return fail(job, QPC_GONE, "wait: target ended");
@@ -119,10 +120,13 @@ static int wait_stop(struct job *job, int64_t deadline_us, struct stop *stop)
     for (int looks = 0;; looks++) {
         bool stopped;
         int code = look(job, stop, &stopped);
-        if (code != QPC_OK || stopped) return code;
+        if (code != QPC_OK || stopped)
+            return code;
         errno = 0;
-        if (clock_us() >= deadline_us) return fail(job, QPC_TIMEOUT, "wait: target does not stop");
-        if (looks < QUICK_LOOKS) continue;
+        if (clock_us() >= deadline_us)
+            return fail(job, QPC_TIMEOUT, "wait: target does not stop");
+        if (looks < QUICK_LOOKS)
+            continue;
         nanosleep(&(struct timespec){.tv_nsec = pause_us * 1000}, NULL);
         pause_us = pause_us * 2 > POLL_LAST_US ? POLL_LAST_US : pause_us * 2;
     }
@@ -152,7 +156,8 @@ static int seize(struct job *job)
 {
     char state;
     uint64_t ticks;
-    if (ptrace(PTRACE_SEIZE, job->tid, 0, 0)) return explain_seize(job);
+    if (ptrace(PTRACE_SEIZE, job->tid, 0, 0))
+        return explain_seize(job);
     /* From here on the tid cannot pass to another: even its zombie would be ours. */
     errno = 0;
     if (!qpc_proc_stat(job->pid, job->pid, &state, &ticks) ||
@@ -160,8 +165,10 @@ static int seize(struct job *job)
         return fail(job, QPC_GONE, "seize: the pid is another's now");
     bool mapped;
     job->entry = qpc_proc_find_syscall(job->pid, job->tid, &mapped);
-    if (job->entry) return QPC_OK;
-    if (!mapped) return fail(job, QPC_GONE, "seize: target is ending");
+    if (job->entry)
+        return QPC_OK;
+    if (!mapped)
+        return fail(job, QPC_GONE, "seize: target is ending");
     return fail(job, QPC_REFUSED, "no syscall instruction in its vdso");
 }
 
@@ -169,14 +176,16 @@ static int seize(struct job *job)
 static int halt(struct job *job)
 {
     struct stop stop;
-    if (ptrace(PTRACE_INTERRUPT, job->tid, 0, 0)) return lost(job, "interrupt");
+    if (ptrace(PTRACE_INTERRUPT, job->tid, 0, 0))
+        return lost(job, "interrupt");
     for (;;) {
         int code = wait_stop(job, job->deadline_us, &stop);
         if (code != QPC_OK) {
             job->unstoppable = code == QPC_TIMEOUT;
             return code;
         }
-        if (stop.event == PTRACE_EVENT_STOP) break;
+        if (stop.event == PTRACE_EVENT_STOP)
+            break;
         if (ptrace(PTRACE_CONT, job->tid, 0, (long)(stop.event ? 0 : stop.signal)))
             return lost(job, "deliver a signal");
     }
@@ -218,7 +227,8 @@ struct context {
 static int save(struct job *job, struct context *saved)
 {
     struct iovec view = {&saved->regs, sizeof saved->regs};
-    if (ptrace(PTRACE_GETREGSET, job->tid, NT_PRSTATUS, &view)) return lost(job, "read registers");
+    if (ptrace(PTRACE_GETREGSET, job->tid, NT_PRSTATUS, &view))
+        return lost(job, "read registers");
     errno = 0;
     if (view.iov_len != sizeof saved->regs)
         return fail(job, QPC_REFUSED, "target is not a 64-bit process");
@@ -230,9 +240,12 @@ static int save(struct job *job, struct context *saved)
 /* While no filter is in force, none need be suspended, and we may lack the right to. */
 static int suspend_filter(struct job *job)
 {
-    if (!ptrace(PTRACE_SETOPTIONS, job->tid, 0, PTRACE_O_SUSPEND_SECCOMP)) return QPC_OK;
-    if (errno == ESRCH) return lost(job, "suspend its filter");
-    if (!qpc_proc_filtered(job->pid, job->tid)) return QPC_OK;
+    if (!ptrace(PTRACE_SETOPTIONS, job->tid, 0, PTRACE_O_SUSPEND_SECCOMP))
+        return QPC_OK;
+    if (errno == ESRCH)
+        return lost(job, "suspend its filter");
+    if (!qpc_proc_filtered(job->pid, job->tid))
+        return QPC_OK;
     return qpc_fail(job->error, QPC_REFUSED, EACCES, "its seccomp filter cannot be suspended", 0, 0);
 }
 
@@ -275,7 +288,8 @@ static bool trap_is_queued(const struct job *job)
     struct __ptrace_peeksiginfo_args args = {.nr = 8};
     for (long count; (count = ptrace(PTRACE_PEEKSIGINFO, job->tid, &args, queued)) > 0;) {
         for (long i = 0; i < count; i++)
-            if (queued[i].si_signo == SIGTRAP && queued[i].si_code > 0) return true;
+            if (queued[i].si_signo == SIGTRAP && queued[i].si_code > 0)
+                return true;
         args.off += (uint64_t)count;
     }
     return false;
@@ -291,7 +305,8 @@ static int drain_trap(struct job *job, const struct context *saved, struct stop 
             ptrace(PTRACE_CONT, job->tid, 0, (long)(stop->event ? 0 : stop->signal)))
             return lost(job, "drain the trap");
         int code = wait_stop(job, INT64_MAX, stop);
-        if (code != QPC_OK) return code;
+        if (code != QPC_OK)
+            return code;
     }
     return QPC_OK;
 }
@@ -301,7 +316,8 @@ static int drain_trap(struct job *job, const struct context *saved, struct stop 
 static int signal_to_deliver(const struct job *job, const struct stop *stop)
 {
     siginfo_t info;
-    if (stop->event || ptrace(PTRACE_GETSIGINFO, job->tid, 0, &info)) return 0;
+    if (stop->event || ptrace(PTRACE_GETSIGINFO, job->tid, 0, &info))
+        return 0;
     return info.si_code > 0 ? 0 : stop->signal;
 }
 
@@ -317,7 +333,8 @@ struct outcome {
  * not leave with our registers. */
 static int step_once(struct job *job, struct outcome *out)
 {
-    if (ptrace(PTRACE_SINGLESTEP, job->tid, 0, 0)) return lost(job, "step");
+    if (ptrace(PTRACE_SINGLESTEP, job->tid, 0, 0))
+        return lost(job, "step");
     int code = wait_stop(job, job->deadline_us, &out->stop);
     if (code == QPC_TIMEOUT) {
         out->late = true;
@@ -335,10 +352,14 @@ static int step(struct job *job, struct outcome *out)
 {
     for (;;) {
         int code = step_once(job, out);
-        if (code != QPC_OK || out->late || out->regs.rip != job->entry) return code;
-        if (is_group_stop(&out->stop) || clock_us() >= job->deadline_us) return QPC_OK;
-        if (out->stop.event) continue;
-        if (out->stop.signal != SIGTRAP) return QPC_OK;
+        if (code != QPC_OK || out->late || out->regs.rip != job->entry)
+            return code;
+        if (is_group_stop(&out->stop) || clock_us() >= job->deadline_us)
+            return QPC_OK;
+        if (out->stop.event)
+            continue;
+        if (out->stop.signal != SIGTRAP)
+            return QPC_OK;
         ptrace(PTRACE_GETSIGINFO, job->tid, 0, &out->held);
     }
 }
@@ -348,7 +369,8 @@ static int step(struct job *job, struct outcome *out)
 static bool has_run(const struct job *job, const struct outcome *out)
 {
     int64_t result = (int64_t)out->regs.rax;
-    if (out->regs.rip != job->entry + SYSCALL_BYTES) return false;
+    if (out->regs.rip != job->entry + SYSCALL_BYTES)
+        return false;
     return !(result <= -512 && result >= -516) && !(out->late && result == -EINTR);
 }
 
@@ -357,7 +379,8 @@ static int settle(struct job *job, const struct context *saved, struct outcome *
 {
     if (out->regs.rip == job->entry + SYSCALL_BYTES) {
         int code = drain_trap(job, saved, &out->stop);
-        if (code != QPC_OK) return code;
+        if (code != QPC_OK)
+            return code;
     }
     *deliver = signal_to_deliver(job, &out->stop);
     /* In the place of our own trap, which is swallowed, goes the one that was held back. */
@@ -375,12 +398,16 @@ static int try_once(struct job *job, bool *ran, int *deliver)
     struct outcome out = {0};
     *ran = false, *deliver = 0;
     int code = save(job, &saved);
-    if (code != QPC_OK) return code;
-    if (in_restartable_sequence(job, saved.regs.rip)) return QPC_OK;
+    if (code != QPC_OK)
+        return code;
+    if (in_restartable_sequence(job, saved.regs.rip))
+        return QPC_OK;
     code = suspend_filter(job);
-    if (code != QPC_OK) return code;
+    if (code != QPC_OK)
+        return code;
     code = borrow(job, &saved);
-    if (code == QPC_OK) code = step(job, &out);
+    if (code == QPC_OK)
+        code = step(job, &out);
     if (code == QPC_OK) {
         job->result = (int64_t)out.regs.rax;
         *ran = has_run(job, &out);
@@ -391,8 +418,10 @@ static int try_once(struct job *job, bool *ran, int *deliver)
         *job->error = why;
     }
     errno = 0;
-    if (code != QPC_OK || *ran) return code;
-    if (out.late) return fail(job, QPC_TIMEOUT, "the call took too long");
+    if (code != QPC_OK || *ran)
+        return code;
+    if (out.late)
+        return fail(job, QPC_TIMEOUT, "the call took too long");
     return is_group_stop(&out.stop) ? fail(job, QPC_REFUSED, STOPPED) : QPC_OK;
 }
 
@@ -402,8 +431,10 @@ static int inject(struct job *job)
         bool ran;
         int deliver;
         int code = halt(job);
-        if (code == QPC_TIMEOUT || code == QPC_GONE) return code; /* our end lets it go */
-        if (code == QPC_OK) code = try_once(job, &ran, &deliver);
+        if (code == QPC_TIMEOUT || code == QPC_GONE)
+            return code; /* our end lets it go */
+        if (code == QPC_OK)
+            code = try_once(job, &ran, &deliver);
         else ran = false, deliver = 0;
         if (code != QPC_OK || ran) {
             int kept = errno;
@@ -411,7 +442,8 @@ static int inject(struct job *job)
             errno = kept;
             return code;
         }
-        if (ptrace(PTRACE_CONT, job->tid, 0, (long)deliver)) return lost(job, "go on");
+        if (ptrace(PTRACE_CONT, job->tid, 0, (long)deliver))
+            return lost(job, "go on");
         errno = 0;
         if (clock_us() >= job->deadline_us)
             return fail(job, QPC_TIMEOUT, "the step was always eaten");
@@ -422,7 +454,8 @@ static void *run_job(void *data)
 {
     struct job *job = data;
     int code = seize(job);
-    if (code == QPC_OK) code = inject(job);
+    if (code == QPC_OK)
+        code = inject(job);
     job->error->code = code;
     return NULL; /* the end of this thread detaches what is still attached */
 }
@@ -456,17 +489,22 @@ static int try_others(struct job *job, int64_t deadline_us)
     struct qpc_error first = *job->error;
     snprintf(path, sizeof path, "/proc/%d/task", job->pid);
     DIR *tasks = opendir(path);
-    if (!tasks) return first.code;
+    if (!tasks)
+        return first.code;
     for (struct dirent *entry; first.code != QPC_OK && (entry = readdir(tasks));) {
         job->tid = atoi(entry->d_name);
-        if (job->tid <= 0 || job->tid == job->pid) continue;
+        if (job->tid <= 0 || job->tid == job->pid)
+            continue;
         int64_t now_us = clock_us();
-        if (now_us >= deadline_us) break;
+        if (now_us >= deadline_us)
+            break;
         job->deadline_us = now_us + (deadline_us - now_us) / 2;
         job->unstoppable = false;
         int code = run_attempt(job);
-        if (code == QPC_OK || (!job->unstoppable && code != QPC_GONE)) first = *job->error;
-        if (code == QPC_REFUSED) break;
+        if (code == QPC_OK || (!job->unstoppable && code != QPC_GONE))
+            first = *job->error;
+        if (code == QPC_REFUSED)
+            break;
     }
     closedir(tasks);
     *job->error = first;
@@ -485,8 +523,10 @@ int qpc_inject_syscall_into(int pid, uint64_t start_ticks, long number, const ui
                       .deadline_us = now_us + (deadline_us - now_us) / 2, .error = error};
     qpc_fail(error, QPC_OK, 0, "", 0, 0);
     int code = run_attempt(&job);
-    if (code != QPC_OK && job.unstoppable) code = try_others(&job, deadline_us);
-    if (code == QPC_OK) qpc_fail(error, QPC_OK, 0, "", 0, 0); /* forget the attempts before */
+    if (code != QPC_OK && job.unstoppable)
+        code = try_others(&job, deadline_us);
+    if (code == QPC_OK)
+        qpc_fail(error, QPC_OK, 0, "", 0, 0); /* forget the attempts before */
     *result = job.result;
     return code;
 }
