@@ -68,6 +68,13 @@ class OtherMapper(Model):
     block: str
 
 
+class MemoryLimit(Model):
+    """The tightest memory limit of the cgroups that QEMU is in."""
+
+    path: str = Field(description="of the file that holds the limit")
+    available_bytes: int
+
+
 class SideFacts(Model):
     """All that preflight needs to know about one side. Gathering it changes nothing."""
 
@@ -82,6 +89,7 @@ class SideFacts(Model):
     running: bool
     migration_status: str | None
     migration_blockers: tuple[str, ...]
+    listening: bool = Field(False, description="migrate-incoming was sent already")
     capabilities: dict[str, bool]
     mem_lock: bool
     blocks: tuple[BlockFacts, ...]
@@ -94,10 +102,13 @@ class SideFacts(Model):
         "own", description="how QEMU comes by one: by its own right, by our device, or not at all"
     )
     filter_refusal: str = Field("", description="why QEMU's seccomp filter is in our way")
+    attach_refusal: str = Field("", description="why the kernel lets us not reach into QEMU")
+    tracer: str = Field("", description="another process that traces QEMU: its pid and name")
     kernel_release: str
     kernel_missing: tuple[str, ...] = Field(description="features we need and do not find, named")
     memory_available_bytes: int
     tmpfs_available_bytes: int | None
+    memory_limit: MemoryLimit | None = None
     shmem_huge_pages: str = Field("", description="the kernel's setting for THP on shmem")
     boot_id: str = Field("", description="of the kernel: equal on both sides means one machine")
 
