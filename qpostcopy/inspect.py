@@ -3,6 +3,8 @@
 Works on a running source as on a destination that waits for a migration. Kernel
 features are found by trying them on ourselves, never by comparing versions.
 What cannot be seen is reported as missing or empty; preflight decides what that means.
+Where the kernel does not let us look at QEMU's process, `attach_refusal` says so,
+and what QEMU's monitor says is gathered all the same.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from qpostcopy.cgroups import memory_limit
 from qpostcopy.core import CoreError, uffd_api
-from qpostcopy.errors import QpostcopyError
+from qpostcopy.errors import RefusedError
 from qpostcopy.process import Process
 from qpostcopy.qmp.connection import CommandError
 from qpostcopy.qmp.schema import BlockFacts, OtherMapper, SideFacts
@@ -36,6 +39,8 @@ from qpostcopy.regions import (
 from qpostcopy.uffd.attach import find_userfaultfds
 from qpostcopy.uffd.rights import filter_refusal, way_to_userfaultfd
 
+Found = TypeVar("Found")
+
 #: Rights that some way of ours through the kernel asks for: bit in CapEff -> name.
 RIGHTS = {
     5: "CAP_KILL",
@@ -45,7 +50,10 @@ RIGHTS = {
     40: "CAP_CHECKPOINT_RESTORE",
 }
 #: QOM types that preflight has something to say about.
-_NOTABLE = re.compile(r"^(vfio|vhost|virtio-mem|ivshmem|pvrdma|nvdimm|x-vfio-user)")
+_NOTABLE = re.compile(
+    r"^(vfio|vhost|virtio-mem|ivshmem|pvrdma|nvdimm|x-vfio-user|x-pci-proxy)"
+    r"|.*vhost-user$"
+)
 _NOTABLE_FILES = (
     (re.compile(r"^/dev/vfio/"), "vfio"),
     (re.compile(r"^/dev/vhost-vdpa"), "vhost-vdpa"),
@@ -54,10 +62,11 @@ _NOTABLE_FILES = (
 )
 _SYS_USERFAULTFD = 323
 _SYS_PIDFD_GETFD = 438
+_YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 
 
-class QemuGoneError(QpostcopyError):
-    """The QEMU process ended while its facts were gathered."""
+class QemuGoneError(RefusedError):
+    """The QEMU process ended before all its facts were gathered."""
 
 
 async def gather_facts(
@@ -67,16 +76,38 @@ async def gather_facts(
 
     :param execute: runs a command of QEMU's, e.g. `Monitor.execute`.
     :param greeting_version: QEMU's version, from its greeting.
-    :raise QemuGoneError: it ended meanwhile.
-    :raise OSError: /proc does not let us look at it.
+    :raise QemuGoneError: there is no such process, or it ended meanwhile.
     """
     process = Process.of(pid)
     if process is None:
-        raise QemuGoneError(f"QEMU {pid} has ended")
+        raise QemuGoneError(
+            f"there is no process {pid}", remedy="leave `pid` out of the plan, or set it to `auto`"
+        )
+    gone = QemuGoneError(
+        f"QEMU {pid} ended while it was looked at", remedy="start it again; its log says why"
+    )
+    try:
+        facts = await _gather(role, execute, process, greeting_version)
+    except OSError as error:
+        if Process.of(pid) == process:
+            raise
+        raise gone from error
+    if Process.of(pid) != process:
+        raise gone
+    return facts
+
+
+async def _gather(
+    role: Literal["source", "destination"],
+    execute: Execute,
+    process: Process,
+    greeting_version: str,
+) -> SideFacts:
+    pid = process.pid
     status = await _object(execute, "query-status")
     migration = await _object(execute, "query-migrate")
     blocks = await discover_blocks(execute, pid)
-    facts = SideFacts(
+    return SideFacts(
         role=role,
         host=socket.gethostname(),
         pid=pid,
@@ -88,26 +119,33 @@ async def gather_facts(
         running=bool(status.get("running")),
         migration_status=migration.get("status"),
         migration_blockers=tuple(migration.get("blocked-reasons", ())),
+        listening=await _is_listening(execute, migration),
         capabilities=await _capabilities(execute),
         mem_lock=any(mapping.locked for block in blocks for mapping in block.mappings),
         blocks=blocks,
         unshared_bytes=await discover_unshared_bytes(execute, blocks),
         devices=await find_devices(execute, pid),
         other_mappers=tuple(await asyncio.to_thread(find_other_mappers, pid, blocks)),
-        userfaults=await asyncio.to_thread(find_userfaultfds, pid),
+        userfaults=await asyncio.to_thread(_if_allowed, find_userfaultfds, pid, ()),
         effective_rights=effective_rights(),
         userfaultfd=way_to_userfaultfd(pid),
         filter_refusal=filter_refusal(pid),
+        attach_refusal=attach_refusal(pid),
+        tracer=tracer(pid),
         kernel_release=platform.release(),
         kernel_missing=await asyncio.to_thread(missing_kernel_features),
         memory_available_bytes=memory_available_bytes(),
         tmpfs_available_bytes=await asyncio.to_thread(tmpfs_available_bytes, pid, blocks),
+        memory_limit=memory_limit(pid),
         shmem_huge_pages=_selected("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
         boot_id=_text("/proc/sys/kernel/random/boot_id"),
     )
-    if Process.of(pid) != process:
-        raise QemuGoneError(f"QEMU {pid} ended while it was looked at")
-    return facts
+
+
+def _if_allowed(look: Callable[[int], Found], pid: int, otherwise: Found) -> Found:
+    with suppress(PermissionError):
+        return look(pid)
+    return otherwise
 
 
 # --- QEMU ---------------------------------------------------------------------------------
@@ -130,6 +168,19 @@ async def _machine(execute: Execute) -> str:
     return str(kind).removesuffix("-machine")
 
 
+async def _is_listening(execute: Execute, migration: dict[str, Any]) -> bool:
+    """Whether a destination was told where to listen: before 10.0 its status does not say so.
+
+    Its address does (5.2 to 10.0); where that is no socket, what `yank` could end (6.0).
+    """
+    if migration.get("socket-address"):
+        return True
+    with suppress(CommandError):
+        yankable = await _list(execute, "query-yank", {})
+        return any(instance["type"] == "migration" for instance in yankable)
+    return False
+
+
 async def _capabilities(execute: Execute) -> dict[str, bool]:
     listed = await _list(execute, "query-migrate-capabilities", {})
     return {item["capability"]: item["state"] for item in listed}
@@ -138,7 +189,7 @@ async def _capabilities(execute: Execute) -> dict[str, bool]:
 async def find_devices(execute: Execute, pid: int) -> tuple[str, ...]:
     """Devices that matter: by QOM type, by network backend, by open device file."""
     found = set()
-    for container in ("/machine/peripheral", "/machine/peripheral-anon"):
+    for container in ("/machine/peripheral", "/machine/peripheral-anon", "/objects"):
         with suppress(CommandError):
             for item in await _list(execute, "qom-list", {"path": container}):
                 kind = re.sub(r"^child<(.*)>$", r"\1", item["type"])
@@ -146,7 +197,8 @@ async def find_devices(execute: Execute, pid: int) -> tuple[str, ...]:
                     found.add(kind)
     network = await execute("human-monitor-command", {"command-line": "info network"})
     found |= set(re.findall(r"type=(vhost-(?:user|vdpa))\b", str(network)))
-    return tuple(sorted(found | await asyncio.to_thread(_device_files, pid)))
+    files = await asyncio.to_thread(_if_allowed, _device_files, pid, set[str]())
+    return tuple(sorted(found | files))
 
 
 def _device_files(pid: int) -> set[str]:
@@ -203,6 +255,30 @@ def effective_rights() -> tuple[str, ...]:
         if name == "CapEff":
             return tuple(right for bit, right in RIGHTS.items() if int(value, 16) >> bit & 1)
     return ()
+
+
+def attach_refusal(pid: int) -> str:
+    """Why we may not reach into that process; empty: we may.
+
+    Opening /proc/PID/mem asks the kernel just what ptrace(2) and pidfd_getfd(2) will ask
+    (PTRACE_MODE_ATTACH), security modules and user namespaces included, and changes nothing.
+
+    :raise OSError: it has ended.
+    """
+    try:
+        os.close(os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
+    except PermissionError as error:
+        scope = _text(_YAMA)
+        return f"{error.strerror}" + (f", kernel.yama.ptrace_scope is {scope}" if scope else "")
+    return ""
+
+
+def tracer(pid: int) -> str:
+    """Who traces that process: `4711 (gdb)`; empty: nobody."""
+    found = re.search(r"^TracerPid:\s+(\d+)", _text(f"/proc/{pid}/status"), re.MULTILINE)
+    if found is None or found[1] == "0":
+        return ""
+    return f"{found[1]} ({_text(f'/proc/{found[1]}/comm')})"
 
 
 def missing_kernel_features() -> tuple[str, ...]:
@@ -299,7 +375,7 @@ def _uid(pid: int) -> int:
     """Effective user id (proc(5): Uid is real, effective, saved, file system)."""
     found = re.search(r"^Uid:\s+\d+\s+(\d+)", _text(f"/proc/{pid}/status"), re.MULTILINE)
     if found is None:
-        raise QemuGoneError(f"QEMU {pid} has ended")
+        raise ProcessLookupError(errno.ESRCH, f"no process {pid}")
     return int(found[1])
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from qpostcopy.errors import QpostcopyError
 from qpostcopy.qmp.schema import SideFacts
 from qpostcopy.sidechecks import (
     EACH_SIDE,
@@ -20,6 +21,7 @@ from qpostcopy.sidechecks import (
     Finding,
     Findings,
     Severity,
+    Where,
     destination_state,
     file_of,
     mib,
@@ -28,7 +30,18 @@ from qpostcopy.sidechecks import (
     warn,
 )
 
-__all__ = ["Finding", "Severity", "codes", "examine", "examine_side", "is_error", "judge", "remark"]
+__all__ = [
+    "Finding",
+    "Severity",
+    "already_migrating",
+    "codes",
+    "examine",
+    "examine_side",
+    "is_error",
+    "judge",
+    "remark",
+    "unreachable",
+]
 
 #: Memory at the destination beyond the guest's own: page maps, buffers, tables.
 _MEMORY_SLACK_BYTES = 64 * MIB
@@ -50,7 +63,10 @@ def is_error(finding: Finding) -> bool:
 
 def examine(source: SideFacts, destination: SideFacts) -> list[Finding]:
     """Everything that was found, in the order of the checks."""
-    found = [*examine_side(source), *examine_side(destination)]
+    found = [
+        *examine_side(_without_each_other(source, destination)),
+        *examine_side(_without_each_other(destination, source)),
+    ]
     found += [finding for check in _BOTH for finding in check(source, destination)]
     return found
 
@@ -59,6 +75,38 @@ def examine_side(facts: SideFacts) -> list[Finding]:
     """What can be said of one side, though the other cannot be reached."""
     state = source_state if facts.role == "source" else destination_state
     return [finding for check in (*EACH_SIDE, state) for finding in check(facts)]
+
+
+def _without_each_other(facts: SideFacts, other: SideFacts) -> SideFacts:
+    """The other side's QEMU is no stranger where their RAM is the same file: `same-file` it is."""
+    theirs = {file_of(block) for block in other.blocks if _same_machine(facts, other)}
+    shared = {block.name for block in facts.blocks if block.inode and file_of(block) in theirs}
+    strangers = tuple(
+        mapper
+        for mapper in facts.other_mappers
+        if not (mapper.pid == other.pid and mapper.block in shared)
+    )
+    return facts.model_copy(update={"other_mappers": strangers})
+
+
+def unreachable(role: Where, code: str, error: QpostcopyError) -> Finding:
+    """A side of which nothing is known.
+
+    :param code: the error's fixed name.
+    """
+    remedy = error.remedy or "start that QEMU with a -qmp socket for qpostcopy alone"
+    return Finding(code, role, str(error), remedy)
+
+
+def already_migrating(migration_id: str, phase: str) -> Finding:
+    """Another migration has one of these QEMUs, and their monitors with it."""
+    return Finding(
+        "already-migrating",
+        "both",
+        f"another migration of this VM is unfinished: {migration_id} ({phase})",
+        f"watch it with `qpostcopy status {migration_id}`; if its controller is dead: "
+        f"`qpostcopy resume {migration_id}`",
+    )
 
 
 # --- both together ------------------------------------------------------------------------
@@ -163,6 +211,15 @@ def _memory(source: SideFacts, destination: SideFacts) -> Findings:
             f"{destination.host} has {mib(destination.memory_available_bytes)} of memory "
             f"available, the guest's data take {mib(needed)}",
             "free memory there: a guest that cannot be placed cannot run",
+        )
+    limit = destination.memory_limit
+    if limit is not None and limit.available_bytes < needed:
+        yield Finding(
+            "memory-limit-too-low",
+            "destination",
+            f"{limit.path} leaves QEMU {destination.pid} {mib(limit.available_bytes)} of memory, "
+            f"the guest's data take {mib(needed)}: the kernel would kill it",
+            "raise that limit (systemd: MemoryMax=) to the guest's RAM and some more",
         )
 
 

@@ -7,7 +7,8 @@ in state.json before it is changed, so that recovery.py can put it back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 
 from qpostcopy.errors import QpostcopyError, RefusedError
 from qpostcopy.migration import (
@@ -16,14 +17,23 @@ from qpostcopy.migration import (
     Migration,
     Step,
     TroubleError,
+    error_code,
     together,
 )
-from qpostcopy.preflight import judge, remark
+from qpostcopy.preflight import (
+    Finding,
+    already_migrating,
+    examine_side,
+    is_error,
+    judge,
+    remark,
+    unreachable,
+)
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
 from qpostcopy.report import FindingReport
 from qpostcopy.side import Role
-from qpostcopy.state import other_migration_of, registry_lock
+from qpostcopy.state import StateDirectory, migration_at, other_migration_of, registry_lock
 
 #: What each QEMU's capabilities must be; any other of `_OFF` is switched off.
 _ON: dict[Role, frozenset[str]] = {
@@ -63,23 +73,59 @@ ATTACH_SECONDS = 120.0
 class PreflightRefusedError(RefusedError):
     """Preflight found reasons not to begin. All of them are in `findings`."""
 
-    def __init__(self, findings: Sequence[FindingReport]) -> None:
+    def __init__(self, findings: Sequence[Finding]) -> None:
         super().__init__(
             f"refused: {len(findings)} finding{'s' if len(findings) > 1 else ''}; "
             "nothing was touched",
             remedy=findings[0].remedy if findings else None,
         )
-        self.findings = tuple(findings)
+        self.findings = tuple(
+            FindingReport(
+                code=found.code, side=found.side, message=found.message, remedy=found.remedy
+            )
+            for found in findings
+        )
         self.code = "refused"
 
 
-class AlreadyMigratingError(RefusedError):
-    """An unfinished migration has one of these QEMUs."""
+async def refuse_busy_monitors(migration: Migration) -> None:
+    """An unfinished migration of this VM holds its monitors: say that, not "held"."""
+    sockets = migration.state.source.qmp, migration.state.destination.qmp
+    _refuse_second(migration_at(*sockets, before=migration.directory))
+
+
+def _refuse_second(other: StateDirectory | None) -> None:
+    if other is not None:
+        raise PreflightRefusedError([already_migrating(other.migration_id, other.state.phase)])
 
 
 async def start_companions(migration: Migration) -> None:
-    """Both at once; each takes its QEMU's monitor."""
-    await together(migration.source.ensure(), migration.destination.ensure())
+    """Both at once; each takes its QEMU's monitor.
+
+    :raise PreflightRefusedError: one cannot be had, or neither; with that comes all that speaks
+        against the other side.
+    """
+    sides = migration.source, migration.destination
+    done = await asyncio.gather(*(side.ensure() for side in sides), return_exceptions=True)
+    refused: dict[Role, RefusedError] = {}
+    for side, outcome in zip(sides, done, strict=True):
+        if isinstance(outcome, RefusedError):
+            refused[side.role] = outcome
+        elif isinstance(outcome, BaseException):
+            raise outcome
+    if refused:
+        raise PreflightRefusedError(await _all_that_is_seen(migration, refused))
+
+
+async def _all_that_is_seen(
+    migration: Migration, refused: Mapping[Role, RefusedError]
+) -> list[Finding]:
+    found = [unreachable(role, error_code(error), error) for role, error in refused.items()]
+    for side in (migration.source, migration.destination):
+        if side.role not in refused:
+            facts = await side.call("qpc-inspect", schema.Inspect(), schema.SideFacts)
+            found += [finding for finding in examine_side(facts) if is_error(finding)]
+    return found
 
 
 async def inspect(migration: Migration) -> None:
@@ -105,13 +151,7 @@ async def refuse_second_migration(migration: Migration) -> None:
     """No QEMU takes part in two migrations. Our own QEMUs are in state.json already."""
     with registry_lock():
         other = other_migration_of(migration.directory)
-    if other is not None:
-        raise AlreadyMigratingError(
-            f"another migration of this VM is unfinished: {other.migration_id} "
-            f"({other.state.phase})",
-            remedy=f"watch it with `qpostcopy status {other.migration_id}`; if its controller is "
-            f"dead: `qpostcopy resume {other.migration_id}`",
-        )
+    _refuse_second(other)
 
 
 async def judge_both_sides(migration: Migration) -> None:
@@ -119,14 +159,7 @@ async def judge_both_sides(migration: Migration) -> None:
     both = migration.facts["source"], migration.facts["destination"]
     findings = judge(*both)
     if findings:
-        raise PreflightRefusedError(
-            [
-                FindingReport(
-                    code=found.code, side=found.side, message=found.message, remedy=found.remedy
-                )
-                for found in findings
-            ]
-        )
+        raise PreflightRefusedError(findings)
     for found in remark(*both):
         migration.warn(f"{found.side}: {found.message} [{found.code}]; {found.remedy}")
 
@@ -261,6 +294,7 @@ async def _list_of(migration: Migration, role: Role, command: str) -> list[dict[
 
 
 PREPARE: tuple[Step, ...] = (
+    refuse_busy_monitors,
     start_companions,
     inspect,
     refuse_second_migration,

@@ -167,16 +167,18 @@ async def _backends(execute: Execute) -> list[Backend]:
 async def discover_blocks(execute: Execute, pid: int) -> tuple[BlockFacts, ...]:
     """The guest's RAM blocks in order of guest physical address.
 
-    A block whose file is not found has no device and no mappings; it is for
-    preflight to refuse it.
+    A block whose file is not found, or that we may not look for, has no device
+    and no mappings; it is for preflight to refuse it.
 
     :param execute: runs a command of QEMU's, e.g. `Monitor.execute`.
-    :raise OSError: QEMU is gone, or not ours to look at.
+    :raise OSError: QEMU is gone.
     """
     backends = await _backends(execute)
     rows = {row.name: row for row in parse_ramblocks(await _human(execute, "info ramblock"))}
     first_gpas = parse_first_gpas(await _human(execute, "info mtree -f"))
-    vmas = await asyncio.to_thread(read_vmas, pid)
+    vmas: list[Vma] = []
+    with suppress(PermissionError):
+        vmas = await asyncio.to_thread(read_vmas, pid)
     located = await asyncio.to_thread(_locate_all, pid, backends, rows, vmas)
     blocks = [
         _facts(pid, backend, located.get(backend.name), rows, first_gpas, vmas)

@@ -30,7 +30,7 @@ _IDLE_MIGRATIONS = frozenset({None, "none", "completed", "failed", "cancelled"})
 #: Run states of a source that can be moved: it runs, or somebody paused it.
 _MOVABLE = frozenset({"running", "paused", "prelaunch", "suspended"})
 _PINNING = re.compile(r"^(vfio|vhost-vdpa|rdma|pvrdma|x-vfio-user)")
-_OUTSIDE = re.compile(r"^(vhost-user|ivshmem)")
+_OUTSIDE = re.compile(r"^(ivshmem|x-pci-proxy|.*vhost-user)")
 
 
 class Severity(StrEnum):
@@ -98,9 +98,10 @@ def _backend(facts: SideFacts, block: BlockFacts) -> Findings:
             f"add share=on; {BACKEND_REMEDY}",
         )
         return
-    if block.backend == "memory-backend-memfd" and version(facts) >= (8, 1):
+    if block.backend != "memory-backend-file" and version(facts) >= (8, 1):
         # No behaviour tells beforehand: the test is qemu_ram_is_named_file() in QEMU's
-        # migration/ram.c, and it comes with 8.1.
+        # migration/ram.c, and it comes with 8.1. Only memory-backend-file is named, not
+        # -memfd, -shm (9.1) or whatever comes next. The controller looks at the stream, too.
         yield Finding(
             "backend-not-skipped",
             facts.role,
@@ -109,12 +110,13 @@ def _backend(facts: SideFacts, block: BlockFacts) -> Findings:
             BACKEND_REMEDY,
         )
     if block.device is None:
-        yield Finding(
-            "ram-file-not-found",
-            facts.role,
-            f"{what}: no mapping of QEMU {facts.pid} leads to its file",
-            BACKEND_REMEDY,
-        )
+        if not facts.attach_refusal:  # else nothing can be found, and that has its own finding
+            yield Finding(
+                "ram-file-not-found",
+                facts.role,
+                f"{what}: no mapping of process {facts.pid} leads to its file",
+                f"if {facts.pid} is not QEMU, name QEMU's `pid` in the plan; else {BACKEND_REMEDY}",
+            )
     elif block.page_bytes != PAGE_BYTES or block.filesystem == "hugetlbfs":
         yield Finding(
             "huge-pages",
@@ -174,6 +176,14 @@ def _rights(facts: SideFacts) -> Findings:
             f"we run without {', '.join(missing)}, and need it to reach QEMU {facts.pid}'s memory",
             "run qpostcopy as root",
         )
+    elif facts.attach_refusal:
+        yield Finding(
+            "attach-refused",
+            facts.role,
+            f"the kernel does not let us reach into QEMU {facts.pid}: {facts.attach_refusal}",
+            "run qpostcopy outside of containers and user namespaces, set kernel.yama.ptrace_scope "
+            "below 3, and look what a security module (SELinux, AppArmor) forbids",
+        )
 
 
 def _kernel(facts: SideFacts) -> Findings:
@@ -193,7 +203,8 @@ def _neighbours(facts: SideFacts) -> Findings:
             facts.role,
             f"process {other.pid} ({other.command}) maps block {other.block}: a page that it "
             "touches appears as zeroes, unseen by us",
-            "end that process, or the vhost-user backend or debugger that it is",
+            "a vhost-user backend, a debugger: end it; another VM: give each VM RAM files of its "
+            "own",
         )
 
 
@@ -230,12 +241,17 @@ def _blockers(facts: SideFacts) -> Findings:
             f"QEMU {facts.qemu_version} does not know the capability x-ignore-shared",
             "use QEMU 5.2 or later",
         )
-    if facts.migration_status not in _IDLE_MIGRATIONS:
+    status = facts.migration_status
+    if facts.listening and status in _IDLE_MIGRATIONS and facts.run_status == "inmigrate":
+        status = "setup"
+    if status not in _IDLE_MIGRATIONS:
         yield Finding(
             "migration-under-way",
             facts.role,
-            f"QEMU {facts.pid} has a migration that is {facts.migration_status}",
-            "wait for it to end, or cancel it with migrate_cancel",
+            f"QEMU {facts.pid} has a migration of its own that is in state {status}",
+            "wait for it to end, or cancel it with migrate_cancel"
+            if facts.role == "source"
+            else "start it anew with -incoming defer, and send it no migrate-incoming",
         )
 
 
@@ -310,6 +326,14 @@ def destination_state(destination: SideFacts) -> Findings:
             "destination",
             f"the destination QEMU {destination.pid} is {destination.run_status}, not inmigrate",
             "start it with -incoming defer; a QEMU that ran a guest cannot be filled",
+        )
+    if destination.tracer:
+        yield Finding(
+            "traced",
+            "destination",
+            f"process {destination.tracer} traces QEMU {destination.pid}; a process can have one "
+            "tracer only, and we must be it for a moment",
+            "end or detach that debugger or tracer",
         )
     if destination.mem_lock:
         yield Finding(

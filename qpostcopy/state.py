@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -299,11 +299,40 @@ def registry_lock() -> Iterator[None]:
 
 def other_migration_of(directory: StateDirectory) -> StateDirectory | None:
     """An unfinished migration, other than this one, that one of our QEMUs is part of."""
-    ours = {directory.state.source.qemu, directory.state.destination.qemu} - {None}
+    ours = {directory.state.source.qemu, directory.state.destination.qemu}
+    return migration_of(ours, besides=directory)
+
+
+def migration_of(
+    qemus: Set[Process | None], besides: StateDirectory | None = None
+) -> StateDirectory | None:
+    """An unfinished migration that one of these QEMUs is part of."""
     for other in StateDirectory.all():
-        theirs = {other.state.source.qemu, other.state.destination.qemu}
-        if other.path != directory.path and ours & theirs and not other.finished:
+        theirs = {other.state.source.qemu, other.state.destination.qemu} - {None}
+        is_ours = besides is not None and other.path == besides.path
+        if qemus & theirs and not is_ours and not other.finished:
             return other
+    return None
+
+
+def migration_at(
+    *sockets: str | Path, before: StateDirectory | None = None
+) -> StateDirectory | None:
+    """An unfinished migration that has the QEMU behind one of these monitors.
+
+    For what comes before a monitor can be had: that migration holds it.
+
+    :param before: only those that began earlier than this one, so that of two that begin at
+        once not both give way.
+    """
+    wanted = {os.path.realpath(socket) for socket in sockets}
+    for other in StateDirectory.all():
+        if before is not None and _age(other.path) >= _age(before.path):
+            return None
+        for side in (other.state.source, other.state.destination):
+            there = side.qemu.alive() if side.qemu else other.controller_alive()
+            if os.path.realpath(side.qmp) in wanted and there and not other.finished:
+                return other
     return None
 
 
@@ -312,7 +341,12 @@ def _directories() -> list[Path]:
     if not run_directory().is_dir():
         return []
     found = [path for path in run_directory().iterdir() if _ID.match(path.name)]
-    return sorted(found, key=lambda path: (path.name.rpartition("-")[2], path.name))
+    return sorted(found, key=_age)
+
+
+def _age(path: Path) -> tuple[str, str]:
+    """Older directories sort first."""
+    return path.name.rpartition("-")[2], path.name
 
 
 def _make_directory(plan_name: str) -> Path:

@@ -1,8 +1,9 @@
-"""Gathering facts of real QEMUs, set up rightly and wrongly, and preflight's word on them."""
+"""Gathering facts of real QEMUs. Those set up wrongly: tests/vm/test_wrong.py."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import mmap
 import os
 import subprocess
@@ -41,12 +42,6 @@ def gather(vm: Vm, role: Literal["source", "destination"]) -> SideFacts:
     return asyncio.run(ask())
 
 
-def findings(tmp_path: Path, source: VmSpec, destination: VmSpec) -> list[str]:
-    """Codes of what speaks against moving between two QEMUs that were started so."""
-    with Vm("a", source, tmp_path) as a, Vm("b", destination, tmp_path) as b:
-        return codes(judge(gather(a, "source"), gather(b, "destination")))
-
-
 def state_of(vm: Vm) -> tuple[list[str], str]:
     """What an observer could see change: descriptors (but those of monitors), and mappings."""
     process = Path(f"/proc/{vm.pid}")
@@ -80,62 +75,6 @@ def test_a_running_source(tmp_path: Path) -> None:
         assert facts.running
         assert facts.run_status == "running"
         assert facts.blocks[0].allocated_bytes > 0  # the firmware ran
-
-
-def test_the_same_file_on_both_sides(tmp_path: Path) -> None:
-    file = Path(f"/dev/shm/qpc-test-{os.getpid()}")
-    backend = replace(RAM, mem_path=file)
-    try:
-        source, destination = (
-            replace(SOURCE, backends=(backend,)),
-            replace(DESTINATION, backends=(backend,)),
-        )
-        found = findings(tmp_path, source, destination)
-    finally:
-        file.unlink(missing_ok=True)
-    # Each QEMU is also "another process" that maps the other's RAM.
-    assert set(found) == {"same-file", "other-mapper"}
-
-
-@pytest.mark.parametrize(
-    ("source", "destination", "expected"),
-    [
-        (SOURCE, SOURCE, {"destination-not-waiting"}),
-        (SOURCE, replace(SOURCE, paused=False), {"destination-not-waiting"}),
-        (DESTINATION, DESTINATION, {"source-not-movable"}),
-        (SOURCE, replace(DESTINATION, backends=(replace(RAM, size_bytes=65 * MIB),)),
-         {"blocks-differ"}),
-        (SOURCE, replace(DESTINATION, backends=(replace(RAM, name="ram1"),)), {"blocks-differ"}),
-        (replace(SOURCE, backends=(replace(RAM, share=False),)), DESTINATION, {"ram-not-shared"}),
-        (replace(SOURCE, backends=(replace(RAM, kind="memory-backend-ram", share=False),)),
-         DESTINATION, {"ram-not-shared"}),
-        (SOURCE, replace(DESTINATION, more=("-overcommit", "mem-lock=on")), {"memory-locked"}),
-        (SOURCE, replace(DESTINATION, more=("-machine", "pc-q35-6.0")), {"machine-differs"}),
-    ],
-)  # fmt: skip
-def test_wrong_set_ups(
-    source: VmSpec, destination: VmSpec, expected: set[str], tmp_path: Path
-) -> None:
-    assert set(findings(tmp_path, source, destination)) == expected
-
-
-def test_one_qemu_for_both(tmp_path: Path) -> None:
-    with Vm("a", SOURCE, tmp_path) as vm:
-        found = judge(gather(vm, "source"), gather(vm, "destination"))
-        assert set(codes(found)) == {"same-qemu", "destination-not-waiting"}
-
-
-def test_ram_on_a_disk(tmp_path: Path) -> None:
-    on_disk = replace(RAM, mem_path=Path("/var/tmp"))
-    if filesystem_of(Path("/var/tmp")) == "tmpfs":
-        pytest.skip("/var/tmp is a tmpfs here")
-    found = findings(tmp_path, SOURCE, replace(DESTINATION, backends=(on_disk,)))
-    assert "ram-not-on-tmpfs" in found
-
-
-def filesystem_of(path: Path) -> str:
-    command = ["findmnt", "-no", "FSTYPE", "-T", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_a_device_that_shares_memory_with_others(tmp_path: Path) -> None:
@@ -201,3 +140,16 @@ def test_a_qemu_that_has_ended(tmp_path: Path) -> None:
         pid = vm.pid
     with pytest.raises(inspect.QemuGoneError):
         asyncio.run(inspect.gather_facts("source", execute, pid, "7.2.22"))
+
+
+def test_a_kernel_that_does_not_let_us_attach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Yama is not built into every kernel: its file is a false one, and so is the refusal."""
+
+    def refused(path: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(inspect, "_text", lambda path: {inspect._YAMA: "3"}.get(path, ""))
+    assert inspect.attach_refusal(os.getpid()) == ""
+    monkeypatch.setattr(os, "open", refused)
+    told = inspect.attach_refusal(os.getpid())
+    assert told == "Permission denied, kernel.yama.ptrace_scope is 3"

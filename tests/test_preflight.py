@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qpostcopy.preflight import Finding, Severity, codes, examine, judge, remark
-from qpostcopy.qmp.schema import BlockFacts, MappingFacts, OtherMapper, SideFacts
+from qpostcopy.qmp.schema import BlockFacts, MappingFacts, MemoryLimit, OtherMapper, SideFacts
 
 MIB = 1 << 20
 
@@ -117,6 +117,10 @@ AT_DESTINATION: list[tuple[dict[str, Any], str]] = [
     ({"tmpfs_available_bytes": 200 * MIB}, "tmpfs-too-small"),
     ({"tmpfs_available_bytes": None}, ""),
     ({"memory_available_bytes": 120 * MIB}, "memory-too-small"),
+    ({"memory_limit": MemoryLimit(path="g", available_bytes=99 * MIB)}, "memory-limit-too-low"),
+    ({"memory_limit": MemoryLimit(path="g", available_bytes=100 * MIB)}, ""),
+    ({"listening": True}, "migration-under-way"),
+    ({"tracer": "7 (gdb)"}, "traced"),
     ({"machine": "pc-q35-8.0"}, "machine-differs"),
     ({"pid": 100, "block_inode": 4}, "same-qemu"),
     ({"block_inode": 4}, "same-file"),
@@ -139,12 +143,26 @@ ON_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"effective_rights": ("CAP_SYS_ADMIN",)}, "rights-missing"),
     ({"effective_rights": ("CAP_SYS_PTRACE",)}, "rights-missing"),
     ({"effective_rights": ("CAP_SYS_PTRACE", "CAP_CHECKPOINT_RESTORE")}, ""),
+    ({"attach_refusal": "Permission denied"}, "attach-refused"),
+    # One cause, one finding: what cannot be seen is not called absent.
+    (
+        {
+            "attach_refusal": "Permission denied",
+            "effective_rights": ("CAP_SYS_ADMIN",),
+            "block_device": None,
+            "block_inode": None,
+            "block_mappings": (),
+        },
+        "rights-missing",
+    ),
     ({"kernel_missing": ("userfaultfd",)}, "kernel-feature-missing"),
     ({"other_mappers": (MAPPER,)}, "other-mapper"),
     ({"devices": ("vfio-pci",)}, "device-pins-ram"),
     ({"devices": ("vhost-vdpa",)}, "device-pins-ram"),
     ({"devices": ("vhost-user-blk-pci",)}, "device-outside-qemu"),
     ({"devices": ("ivshmem-plain",)}, "device-outside-qemu"),
+    ({"devices": ("cryptodev-vhost-user",)}, "device-outside-qemu"),
+    ({"devices": ("x-pci-proxy-dev",)}, "device-outside-qemu"),
     ({"migration_blockers": ("The qcow format used by node 'x' does not",)}, "migration-blocked"),
     ({"capabilities": {"events": False}}, "capability-missing"),
 ]
@@ -172,13 +190,14 @@ def test_each_thing_that_is_wrong(side: str, values: dict[str, Any], code: str) 
         assert "\n" not in one.message + one.remedy
 
 
-def test_a_backend_that_newer_qemu_copies_itself() -> None:
+@pytest.mark.parametrize("backend", ["memory-backend-memfd", "memory-backend-shm"])
+def test_a_backend_that_newer_qemu_copies_itself(backend: str) -> None:
     for version, expected in (
         ("8.0.5", []),
         ("8.1.0", ["backend-not-skipped"]),
         ("10.0.0 (Debian)", ["backend-not-skipped"]),
     ):
-        values: dict[str, Any] = {"block_backend": "memory-backend-memfd", "qemu_version": version}
+        values: dict[str, Any] = {"block_backend": backend, "qemu_version": version}
         found = judge(SOURCE, changed(DESTINATION, **values))
         assert codes(found) == expected, version
 
@@ -270,3 +289,12 @@ def test_the_case_that_would_destroy_the_guest_says_so() -> None:
     assert isinstance(found, Finding)
     assert "destroy the running guest" in found.message
     assert "/dev/shm" in found.message
+
+
+def test_the_other_qemu_is_no_stranger_in_the_same_file() -> None:
+    """Nobody is told to end it; but it is a stranger in a file that is not its own RAM."""
+    other = OtherMapper(pid=SOURCE.pid, command="qemu-system-x86", block="ram")
+    shared = changed(DESTINATION, block_inode=4, other_mappers=(other,))
+    assert codes(judge(SOURCE, shared)) == ["same-file"]
+    alone = changed(DESTINATION, other_mappers=(other,))
+    assert codes(judge(SOURCE, alone)) == ["other-mapper"]

@@ -58,11 +58,15 @@ def run_check(stream: Stream, path: Path, profile: str | None, *, dry_run: bool)
 async def _look(plan: Plan) -> Seen:
     from qpostcopy.preflight import examine, examine_side, is_error
 
+    if (busy := _busy(plan)) is not None:
+        return Seen(None, None, [busy], [])
     looked = await asyncio.gather(
         _facts("source", plan.source), _facts("destination", plan.destination)
     )
     source, destination = (facts for facts, _ in looked)
     found = [finding for _, finding in looked if finding is not None]
+    if (second := _second(source, destination)) is not None:
+        return Seen(source, destination, [second], [])
     if source is not None and destination is not None:
         found = examine(source, destination)
     else:
@@ -75,26 +79,45 @@ async def _look(plan: Plan) -> Seen:
     return Seen(source, destination, errors, warnings)
 
 
+def _busy(plan: Plan) -> Finding | None:
+    """Another migration holds the monitors: they are not waited for."""
+    from qpostcopy.preflight import already_migrating
+    from qpostcopy.state import migration_at
+
+    other = migration_at(plan.source.qmp, plan.destination.qmp)
+    return None if other is None else already_migrating(other.migration_id, other.state.phase)
+
+
+def _second(*sides: SideFacts | None) -> Finding | None:
+    """Another migration, dead or by another monitor, is not done with one of these QEMUs."""
+    from qpostcopy.preflight import already_migrating
+    from qpostcopy.process import Process
+    from qpostcopy.state import migration_of
+
+    qemus = {Process(pid=s.pid, start_ticks=s.pid_start_ticks) for s in sides if s is not None}
+    other = migration_of(qemus)
+    return None if other is None else already_migrating(other.migration_id, other.state.phase)
+
+
 async def _facts(
     role: Literal["source", "destination"], side: SidePlan
 ) -> tuple[SideFacts | None, Finding | None]:
     """The facts of one side, through its monitor, which is given back at once."""
-    from qpostcopy.errors import RefusedError
+    from qpostcopy.errors import QpostcopyError
     from qpostcopy.inspect import gather_facts
     from qpostcopy.migration import error_code
-    from qpostcopy.preflight import Finding
+    from qpostcopy.preflight import unreachable
     from qpostcopy.qmp.monitor import Monitor
 
     try:
         monitor = await Monitor.connect(side.qmp)
-    except RefusedError as error:
-        remedy = error.remedy or "start that QEMU with a -qmp socket for qpostcopy alone"
-        return None, Finding(error_code(error), role, str(error), remedy)
-    try:
-        pid = monitor.peer_pid if side.pid == "auto" else side.pid
-        return await gather_facts(role, monitor.execute, pid, monitor.version), None
-    finally:
-        await monitor.close()
+        try:
+            pid = monitor.peer_pid if side.pid == "auto" else side.pid
+            return await gather_facts(role, monitor.execute, pid, monitor.version), None
+        finally:
+            await monitor.close()
+    except QpostcopyError as error:  # it may end, or hang, at any moment
+        return None, unreachable(role, error_code(error), error)
 
 
 def _misfit(plan: Plan, source: SideFacts, errors: Sequence[Finding]) -> list[Finding]:

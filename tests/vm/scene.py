@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,10 +167,16 @@ class Scene:
 
     # --- the command ----------------------------------------------------------------------
 
-    def popen(self, *arguments: str, at: str = "") -> subprocess.Popen[str]:
-        """Start a verb. :param at: what TEST_SIGNAL_VARIABLE is set to."""
+    def popen(
+        self, *arguments: str, at: str = "", through: Sequence[str] = ()
+    ) -> subprocess.Popen[str]:
+        """Start a verb.
+
+        :param at: what TEST_SIGNAL_VARIABLE is set to.
+        :param through: a command that runs it, e.g. one that takes rights away.
+        """
         return subprocess.Popen(
-            [sys.executable, "-m", "qpostcopy", *arguments],
+            [*through, sys.executable, "-m", "qpostcopy", *arguments],
             env=self.environment(at),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -181,8 +187,8 @@ class Scene:
     def environment(self, at: str = "") -> dict[str, str]:
         return environment_of(self.run_directory, at)
 
-    def run(self, *arguments: str, at: str = "") -> Ended:
-        return finish(self.popen(*arguments, at=at))
+    def run(self, *arguments: str, at: str = "", through: Sequence[str] = ()) -> Ended:
+        return finish(self.popen(*arguments, at=at, through=through))
 
     def migrate(self, *, at: str = "") -> Ended:
         return self.run("migrate", str(self.plan), "--json", at=at)
