@@ -8,7 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Literal
 import pytest
 
 from qpostcopy import inspect
+from qpostcopy.core import CoreError
 from qpostcopy.lab.vm import Backend, Vm, VmSpec
 from qpostcopy.preflight import codes, judge, remark
 from qpostcopy.qmp.monitor import Monitor
@@ -140,6 +141,38 @@ def test_a_qemu_that_has_ended(tmp_path: Path) -> None:
         pid = vm.pid
     with pytest.raises(inspect.QemuGoneError):
         asyncio.run(inspect.gather_facts("source", execute, pid, "7.2.22"))
+
+
+ENOSYS = -errno.ENOSYS
+
+
+@pytest.mark.parametrize(
+    ("name", "stand_in", "missing"),
+    [
+        ("_syscall", lambda number, *_: ENOSYS if number == inspect._SYS_USERFAULTFD else -1,
+         "userfaultfd (CONFIG_USERFAULTFD)"),
+        ("_syscall", lambda number, *_: ENOSYS if number == inspect._SYS_PIDFD_GETFD else -1,
+         "pidfd_getfd (Linux 5.6)"),
+        ("is_empty", lambda _: True, "SEEK_DATA on shared memory"),
+        ("punch_empty", lambda *_: None, "FALLOC_FL_PUNCH_HOLE on shared memory"),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_lacks_something(
+    monkeypatch: pytest.MonkeyPatch, name: str, stand_in: Callable[..., object], missing: str
+) -> None:
+    """This one lacks nothing, so one answer of its is a false one."""
+    assert inspect.missing_kernel_features() == ()
+    monkeypatch.setattr(inspect, name, stand_in)
+    assert inspect.missing_kernel_features() == (missing,)
+
+
+def test_a_kernel_without_userfaultfd_on_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(_: int) -> None:
+        raise CoreError("UFFDIO_API", errno.EINVAL, 0, 0)
+
+    monkeypatch.setattr(inspect, "uffd_api", refuses)
+    (missing,) = inspect.missing_kernel_features()
+    assert "UFFD_FEATURE_MISSING_SHMEM" in missing
 
 
 def test_a_kernel_that_does_not_let_us_attach(monkeypatch: pytest.MonkeyPatch) -> None:

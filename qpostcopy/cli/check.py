@@ -103,6 +103,7 @@ async def _facts(
     role: Literal["source", "destination"], side: SidePlan
 ) -> tuple[SideFacts | None, Finding | None]:
     """The facts of one side, through its monitor, which is given back at once."""
+    from qpostcopy.companion import FIRST_ANSWER_SECONDS
     from qpostcopy.errors import QpostcopyError
     from qpostcopy.inspect import gather_facts
     from qpostcopy.migration import error_code
@@ -110,7 +111,8 @@ async def _facts(
     from qpostcopy.qmp.monitor import Monitor
 
     try:
-        monitor = await Monitor.connect(side.qmp)
+        # As long as `migrate` will wait.
+        monitor = await Monitor.connect(side.qmp, FIRST_ANSWER_SECONDS)
         try:
             pid = monitor.peer_pid if side.pid == "auto" else side.pid
             return await gather_facts(role, monitor.execute, pid, monitor.version), None

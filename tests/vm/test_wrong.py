@@ -1,6 +1,6 @@
 """Every wrong set-up of wrong.py is refused, by name, before anything is touched.
 
-Missing kernel features are the exception: tests/test_preflight.py makes up the facts.
+Missing kernel features are the exception: tests/test_inspect.py takes them away.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def assert_refused(ended: Ended, findings: list[dict[str, str]], wrong: Wrong) -
     assert all(one["remedy"] for one in findings)
 
 
-@pytest.mark.parametrize("wrong", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "wrong",
+    [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.migrate) for row in ROWS],
+)
 def test_refused(directory: Path, wrong: Wrong) -> None:
     with wrong.played(directory) as scene:
         before = conditions(scene)

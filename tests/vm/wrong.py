@@ -29,7 +29,7 @@ class Wrong:
         `{directory}` in a word of `more` is where the sockets are.
     :ivar sockets: of the plan, by role, where they are not the usual ones.
     :ivar migrate: what `migrate` says is looked at, too: where it takes a way of its own to
-        the same findings, or would do the most harm.
+        the same findings, or would do the most harm. Takes longer.
     """
 
     name: str
