@@ -130,9 +130,10 @@ def test_another_migration_that_left_nobody(directory: Path) -> None:
     with TWO_MONITORS.played(directory) as scene:
         at = ("page-server", "handler", "controller")
         dead = scene.run_controller(at=";".join(f"attach:before SIGKILL {one}" for one in at))
-        for socket in ("source.qmp", "second.qmp"):
-            text = scene.plan.read_text()
-            scene.plan.write_text(text.replace("source.qmp", socket))
+        text = scene.plan.read_text()
+        elsewhere = text.replace("source.qmp", "second.qmp").replace("destination.qmp", "nowhere")
+        for plan in (elsewhere, text):
+            scene.plan.write_text(plan)
             (found,) = scene.run("check", str(scene.plan), "--json").result["findings"]
             assert found["code"] == "already-migrating"
             assert dead.migration_id in found["message"]
