@@ -77,6 +77,7 @@ class VmSpec:
     paused: bool = False
     boot: Boot | None = None
     qemu: str = "qemu-system-x86_64"
+    machine: str = "q35"
     accelerator: str = "tcg"
     more: tuple[str, ...] = ()
     user: int | None = None
@@ -233,7 +234,7 @@ class Vm:
 
     def _memory_arguments(self) -> list[str]:
         backends = self.spec.backends
-        machine = f"q35,accel={self.spec.accelerator}"
+        machine = f"{self.spec.machine},accel={self.spec.accelerator}"
         if len(backends) == 1:
             machine += f",memory-backend={backends[0].name}"
         line = ["-machine", machine, "-m", f"{self.spec.ram_bytes}b"]

@@ -15,6 +15,7 @@ import pytest
 
 from qpostcopy.lab.guest import find_bare_image, find_image
 from qpostcopy.lab.vm import Backend, Boot, VmSpec
+from tests.vm.debian import qemu_of
 
 MIB = 1 << 20
 
@@ -47,6 +48,8 @@ class Setup:
     :ivar name: of the row, and of its tests.
     :ivar vm: how both sides are started; its `backends` are not looked at.
     :ivar there: fields of `vm` that are others at the destination.
+    :ivar suite: the Debian suite whose QEMU runs at the source; "": the one that is installed.
+    :ivar suite_there: the same for the destination.
     :ivar backends: makes the memory backends of these sizes.
     :ivar boot: makes what the guest boots; called when it is needed.
     :ivar sizes: of the RAM blocks where no guest runs, bytes.
@@ -56,6 +59,8 @@ class Setup:
     name: str
     vm: VmSpec = field(default_factory=lambda: VmSpec(()))
     there: dict[str, Any] = field(default_factory=dict)
+    suite: str = ""
+    suite_there: str = ""
     backends: Callable[[tuple[int, ...]], tuple[Backend, ...]] = memfds
     boot: Callable[[], Boot] = linux
     sizes: tuple[int, ...] = (34 * MIB,)
@@ -63,13 +68,17 @@ class Setup:
 
     def source(self, sizes: tuple[int, ...], **more: Any) -> VmSpec:
         """The source, its RAM of these sizes. :param more: fields of VmSpec."""
-        if self.vm.accelerator == "kvm":
-            require_kvm()
-        return replace(self.vm, backends=self.backends(sizes), **more)
+        return self._side(self.suite, sizes, more)
 
     def destination(self, sizes: tuple[int, ...], **more: Any) -> VmSpec:
         """The destination, waiting."""
-        return replace(self.source(sizes, **more), incoming=True, **self.there)
+        return replace(self._side(self.suite_there, sizes, more), incoming=True, **self.there)
+
+    def _side(self, suite: str, sizes: tuple[int, ...], more: dict[str, Any]) -> VmSpec:
+        if self.vm.accelerator == "kvm":
+            require_kvm()
+        qemu = qemu_of(suite) if suite else self.vm.qemu
+        return replace(self.vm, qemu=qemu, backends=self.backends(sizes), **more)
 
 
 #: As distributions and libvirt confine it.
@@ -98,4 +107,14 @@ ROWS: tuple[Setup, ...] = (
     Setup("two-nodes", sizes=(18 * MIB, 22 * MIB), guest_sizes=(96 * MIB, 64 * MIB)),
     Setup("bare", boot=bare, guest_sizes=(16 * MIB,)),
     Setup("kvm", VmSpec((), accelerator="kvm"), boot=bare, guest_sizes=(16 * MIB,)),
+    Setup("qemu-10.0", suite="trixie", suite_there="trixie"),
+    Setup("qemu-5.2", suite="bullseye", suite_there="bullseye"),
+    Setup("qemu-7.2-to-10.0", VmSpec((), machine="pc-q35-7.2"), suite_there="trixie"),
+    Setup("qemu-5.2-to-7.2", VmSpec((), machine="pc-q35-5.2"), suite="bullseye"),
+    Setup(
+        "qemu-5.2-to-10.0",
+        VmSpec((), machine="pc-q35-5.2"),
+        suite="bullseye",
+        suite_there="trixie",
+    ),
 )
