@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 #: A query of a QEMU whose main loop is not blocked takes a millisecond.
 QUERY_SECONDS = 5.0
 COMMAND_SECONDS = 5.0
+#: Of a TroubleError: what was waited for did not come.
+TIMEOUT_CODE = "switchover-timeout"
 
 
 class TroubleError(RolledBackError):
@@ -77,13 +79,13 @@ class Migration:
     async def wait(
         self, what: str, matches: Callable[[Seen], bool], within_seconds: float, since: int = 0
     ) -> Seen:
-        """An event, or TroubleError `timed-out` that names what did not come."""
+        """An event, or TroubleError TIMEOUT_CODE that names what did not come."""
         try:
             async with asyncio.timeout(within_seconds):
                 return await self.book.wait(matches, since)
         except TimeoutError as error:
             raise TroubleError(
-                "switchover-timeout", f"{what} did not come within {within_seconds:g} s"
+                TIMEOUT_CODE, f"{what} did not come within {within_seconds:g} s"
             ) from error
 
 

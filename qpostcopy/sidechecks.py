@@ -98,15 +98,12 @@ def _backend(facts: SideFacts, block: BlockFacts) -> Findings:
             f"add share=on; {BACKEND_REMEDY}",
         )
         return
-    if block.backend != "memory-backend-file" and version(facts) >= (8, 1):
-        # No behaviour tells beforehand: the test is qemu_ram_is_named_file() in QEMU's
-        # migration/ram.c, and it comes with 8.1. Only memory-backend-file is named, not
-        # -memfd, -shm (9.1) or whatever comes next. The controller looks at the stream, too.
+    if _may_be_copied(facts, block):
         yield Finding(
             "backend-not-skipped",
             facts.role,
-            f"{what}: QEMU {facts.qemu_version} copies such a block itself, x-ignore-shared "
-            "covers named files only",
+            f"{what}: QEMU {facts.qemu_version} may copy such a block itself, x-ignore-shared "
+            "is sure to skip named files only",
             BACKEND_REMEDY,
         )
     if block.device is None:
@@ -131,6 +128,18 @@ def _backend(facts: SideFacts, block: BlockFacts) -> Findings:
             f"{what} is on {block.filesystem or 'an unknown file system'}; userfaultfd needs tmpfs",
             BACKEND_REMEDY,
         )
+
+
+def _may_be_copied(facts: SideFacts, block: BlockFacts) -> bool:
+    """Whether x-ignore-shared may pass over this shared block.
+
+    5.2 sends memory-backend-ram, 10.0 all but named files (tests/vm/test_stream.py). No behaviour
+    tells beforehand; for memfds the version does: qemu_ram_is_named_file() came to QEMU's
+    migration/ram.c with 8.1.
+    """
+    if block.backend == "memory-backend-memfd":
+        return version(facts) >= (8, 1)
+    return block.backend != "memory-backend-file"
 
 
 def _mapping(facts: SideFacts, block: BlockFacts) -> Findings:

@@ -28,6 +28,7 @@ from qpostcopy.errors import OutcomeUnknownError, QpostcopyError
 from qpostcopy.migration import (
     COMMAND_SECONDS,
     QUERY_SECONDS,
+    TIMEOUT_CODE,
     Migration,
     Step,
     TroubleError,
@@ -37,16 +38,19 @@ from qpostcopy.migration import (
 )
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.connection import CommandError
-from qpostcopy.side import Role
+from qpostcopy.side import Role, Seen
+from qpostcopy.sidechecks import BACKEND_REMEDY
 
 log = logging.getLogger(__name__)
 
 #: Longer than any device state takes; a destination that hangs while loading ends here.
 STOP_SECONDS = 30.0
 LOAD_SECONDS = 10.0
+#: A source that has not stopped by then is asked what it sends.
+LOOK_SECONDS = 1.0
 #: The guest stands still meanwhile; a handler that takes longer is better replaced.
 ANNOUNCE_SECONDS = 1.0
-#: What QEMU's own stream may carry beyond the blocks that are not shared (design: trap 1).
+#: What QEMU's own stream may cover beyond the blocks that are not shared (design: trap 1).
 STREAM_SLACK_BYTES = 4 << 20
 
 #: Test hook, read here only: `STEP:before SIGNAL TARGET` (or `after`) sends a signal there,
@@ -108,18 +112,33 @@ async def stop_source(migration: Migration) -> None:
     mark = migration.book.mark
     migration.directory.update(migrate_sent=True, was_running=status.get("running") is True)
     await migration.source.execute("migrate", {"uri": stream.URI}, COMMAND_SECONDS)
-    await migration.wait(
-        "the source's pre-switchover",
-        lambda seen: seen.migration("source", "pre-switchover"),
-        STOP_SECONDS,
-        since=mark,
-    )
+    await _wait_for_pre_switchover(migration, mark)
     # A guest that was paused already does not stop: no STOP, and no downtime.
     stop = migration.book.find(lambda seen: seen.is_("source", "STOP"), since=mark)
     if migration.state.was_running is not (stop is not None):
         migration.directory.update(was_running=stop is not None)
     if stop is not None:
         migration.directory.note(stopped_seconds=stop.event.received_seconds)
+
+
+async def _wait_for_pre_switchover(migration: Migration, mark: int) -> None:
+    """A QEMU that sends guest RAM by itself never gets there: what it loads at the destination
+    faults, and nobody serves yet. So one that takes its time is asked what it sends.
+    """
+    what = "the source's pre-switchover"
+
+    def arrived(seen: Seen) -> bool:
+        return seen.migration("source", "pre-switchover")
+
+    try:
+        await migration.wait(what, arrived, LOOK_SECONDS, since=mark)
+    except TroubleError as error:
+        if error.code != TIMEOUT_CODE:
+            raise
+        sending = await migration.source.query("query-migrate", QUERY_SECONDS)
+        if "ram" in sending:  # not yet there while it sets up
+            _check_stream(migration, sending)
+        await migration.wait(what, arrived, STOP_SECONDS, since=mark)
 
 
 async def serve_pages(migration: Migration) -> None:
@@ -170,17 +189,20 @@ def _expect(role: Role, what: str, reply: dict[str, object], wanted: str) -> Non
 
 
 def _check_stream(migration: Migration, moved: dict[str, object]) -> None:
-    """QEMU must not have carried RAM by itself: it would lie over pages of ours."""
+    """QEMU must not move guest RAM by itself: it would lie over pages of ours.
+
+    `ram.total` is the size of the blocks that its stream covers, whatever they hold and however
+    often they are sent (QAPI MigrationStats; QEMU's ram_bytes_total leaves out those ignored).
+    """
     ram = moved.get("ram")
-    carried = ram.get("transferred") if isinstance(ram, dict) else None
-    limit = migration.state.unshared_bytes + STREAM_SLACK_BYTES
-    if not isinstance(carried, int) or carried >= limit:
+    covered = ram.get("total") if isinstance(ram, dict) else None
+    unshared = migration.state.unshared_bytes
+    if not isinstance(covered, int) or covered >= unshared + STREAM_SLACK_BYTES:
         raise TroubleError(
             "ram-in-stream",
-            f"QEMU's own stream carried {carried} bytes, more than its unshared blocks "
-            f"({migration.state.unshared_bytes}) explain: x-ignore-shared did not skip the RAM",
-            remedy="start both with memory-backend-file on tmpfs, share=on (not "
-            "memory-backend-memfd)",
+            f"QEMU's own stream covers {covered} bytes of RAM, more than its unshared blocks "
+            f"({unshared}) explain: x-ignore-shared did not skip the guest's",
+            remedy=f"start both anew; {BACKEND_REMEDY}",
         )
 
 

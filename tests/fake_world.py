@@ -203,7 +203,7 @@ class FakeSide:
 
     def do_query_migrate(self, _: Mapping[str, Any]) -> object:
         qemu = self.world.qemu(self.role)
-        return {"status": qemu.migration, "ram": {"transferred": self.world.stream_bytes}}
+        return {"status": qemu.migration, "ram": {"total": self.world.stream_bytes}}
 
     def do_query_migrate_capabilities(self, _: Mapping[str, Any]) -> object:
         states = self.world.qemu(self.role).capabilities

@@ -239,7 +239,7 @@ def test_the_sources_completed_alone_means_nothing(world: World, tmp_path: Path)
     ("role", "command", "reply"),
     [
         ("source", "query-migrate", {"status": "active"}),
-        ("source", "query-migrate", {"status": "completed", "ram": {"transferred": 5_000_000}}),
+        ("source", "query-migrate", {"status": "completed", "ram": {"total": 5_000_000}}),
         ("source", "query-migrate", {"status": "completed"}),
         ("source", "query-status", {"status": "finish-migrate", "running": False}),
         ("destination", "query-migrate", {"status": "active"}),

@@ -103,6 +103,8 @@ AT_SOURCE: list[tuple[dict[str, Any], str]] = [
     ({"migration_status": "active"}, "migration-under-way"),
     ({"migration_status": "postcopy-active"}, "migration-under-way"),
     ({"block_backend": "memory-backend-memfd", "qemu_version": "7.2.22"}, ""),
+    ({"block_backend": "memory-backend-ram"}, "backend-not-skipped"),
+    ({"block_backend": "memory-backend-shm"}, "backend-not-skipped"),
 ]
 #: the same at the destination
 AT_DESTINATION: list[tuple[dict[str, Any], str]] = [
