@@ -98,6 +98,7 @@ UNPRIVILEGED = Setup(
     VmSpec((), more=SANDBOX, user=NOBODY),
     there={"user": NOBODY_ELSE},
 )
+KVM = Setup("kvm", VmSpec((), accelerator="kvm"), boot=bare, guest_sizes=(16 * MIB,))
 
 ROWS: tuple[Setup, ...] = (
     PLAIN,
@@ -106,7 +107,7 @@ ROWS: tuple[Setup, ...] = (
     UNPRIVILEGED,
     Setup("two-nodes", sizes=(18 * MIB, 22 * MIB), guest_sizes=(96 * MIB, 64 * MIB)),
     Setup("bare", boot=bare, guest_sizes=(16 * MIB,)),
-    Setup("kvm", VmSpec((), accelerator="kvm"), boot=bare, guest_sizes=(16 * MIB,)),
+    KVM,
     Setup("qemu-10.0", suite="trixie", suite_there="trixie"),
     Setup("qemu-5.2", suite="bullseye", suite_there="bullseye"),
     Setup("qemu-7.2-to-10.0", VmSpec((), machine="pc-q35-7.2"), suite_there="trixie"),
@@ -117,4 +118,8 @@ ROWS: tuple[Setup, ...] = (
         suite="bullseye",
         suite_there="trixie",
     ),
+    replace(UNPRIVILEGED, name="unprivileged-5.2", suite="bullseye", suite_there="bullseye"),
+    replace(UNPRIVILEGED, name="unprivileged-10.0", suite="trixie", suite_there="trixie"),
+    replace(KVM, name="kvm-5.2", suite="bullseye", suite_there="bullseye"),
+    replace(KVM, name="kvm-10.0", suite="trixie", suite_there="trixie"),
 )

@@ -30,7 +30,7 @@ def directory() -> Iterator[Path]:
 
 
 def setup_of(suite: str, kind: str) -> Setup:
-    """Both sides with that suite's QEMU, RAM in that kind of backend."""
+    """Both sides with that suite's QEMU, RAM in that kind of backend; files in a directory."""
 
     def backends(sizes: tuple[int, ...]) -> tuple[Backend, ...]:
         return tuple(Backend(f"ram{n}", size, kind=kind) for n, size in enumerate(sizes))
@@ -42,7 +42,9 @@ def setup_of(suite: str, kind: str) -> Setup:
     ("suite", "kind"),
     [
         ("", "memory-backend-memfd"),
+        ("", "memory-backend-file"),
         ("bullseye", "memory-backend-memfd"),
+        ("bullseye", "memory-backend-file"),
         ("trixie", "memory-backend-file"),
     ],
 )
