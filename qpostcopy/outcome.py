@@ -15,6 +15,7 @@ from qpostcopy.errors import (
 )
 from qpostcopy.migration import Migration, error_code, now_seconds
 from qpostcopy.phases import Phase
+from qpostcopy.qmp.schema import HandlerStats
 from qpostcopy.report import (
     EXIT_CODES,
     ErrorReport,
@@ -22,11 +23,12 @@ from qpostcopy.report import (
     PhaseTime,
     Result,
     ResultStatus,
+    TraceReport,
     byte_counts,
     page_counts,
 )
 from qpostcopy.side import NotProvenGoneError
-from qpostcopy.state import PhaseStamp
+from qpostcopy.state import FAULT_TRACE, PhaseStamp
 
 Signal = Literal["SIGINT", "SIGTERM"]
 
@@ -160,7 +162,16 @@ def _counters(migration: Migration, now: float) -> dict[str, object]:
         "bytes": byte_counts(stats),
         "faults": stats.faults,
         "push_bytes_per_second": stats.push_bytes / push_seconds,
+        "trace": _trace(migration, stats),
     }
+
+
+def _trace(migration: Migration, stats: HandlerStats) -> TraceReport | None:
+    """The trace that the handler wrote, if it could, and if there was anything to write."""
+    path = migration.directory.path / FAULT_TRACE
+    if not migration.directory.committed or not path.exists():
+        return None
+    return TraceReport(file=str(path), faults=stats.traced_faults, left_out=stats.untraced_faults)
 
 
 def _phase_times(stamps: tuple[PhaseStamp, ...], now: float) -> tuple[PhaseTime, ...]:

@@ -71,6 +71,14 @@ class ByteCounts(Model):
     wire: int = 0
 
 
+class TraceReport(Model):
+    """What the guest asked for, and when: docs/trace.md."""
+
+    file: str
+    faults: int
+    left_out: int
+
+
 class FindingReport(Model):
     """One reason why preflight refused."""
 
@@ -106,6 +114,7 @@ class Result(Model):
     bytes: ByteCounts = ByteCounts()
     faults: FaultStats = FaultStats()
     push_bytes_per_second: float = 0.0
+    trace: TraceReport | None = None
     warnings: tuple[str, ...] = ()
     error: ErrorReport | None = None
 
@@ -173,6 +182,12 @@ def summary(result: Result) -> str:
             f"demand {pages.demand}, around {pages.around}; duplicate {pages.duplicate}",
             f"  faults {faults.count} ({faults.local} answered locally): "
             f"p50 {faults.p50_us:.0f} us, p99 {faults.p99_us:.0f} us, max {faults.max_us:.0f} us",
+            *([] if result.trace is None else [_trace_line(result.trace)]),
             *(f"  warning: {warning}" for warning in result.warnings),
         ]
     )
+
+
+def _trace_line(trace: TraceReport) -> str:
+    left_out = f", {trace.left_out} left out" if trace.left_out else ""
+    return f"  trace {trace.file}: {trace.faults} faults{left_out}"

@@ -28,6 +28,8 @@ from qpostcopy.qmp.schema import Model
 
 RUN_DIRECTORY = "/run/qpostcopy"
 CONTROL_SOCKET = "controller.sock"
+#: What the guest asked for, and when (qpostcopy.trace, docs/trace.md).
+FAULT_TRACE = "faults.trace"
 _ID = re.compile(r"^(?P<name>.+)-(?P<time>\d{8}T\d{6})$")
 
 

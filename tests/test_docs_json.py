@@ -17,6 +17,7 @@ from qpostcopy.report import (
     PhaseTime,
     Result,
     ResultStatus,
+    TraceReport,
 )
 from qpostcopy.takeover import ControllerState
 
@@ -27,6 +28,7 @@ INNER: dict[str, type[Model]] = {
     "pages": PageCounts,
     "bytes": ByteCounts,
     "faults": FaultStats,
+    "trace": TraceReport,
 }
 
 

@@ -62,7 +62,7 @@ def test_the_names_are_the_contracts() -> None:
             inner = data[name]
             assert isinstance(inner, dict)
             assert inner.keys() == members
-    assert data.keys() - CONTRACT.keys() == {"warnings"}
+    assert data.keys() - CONTRACT.keys() == {"trace", "warnings"}
 
 
 def test_error_is_there_only_if_there_is_one() -> None:

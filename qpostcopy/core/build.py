@@ -13,13 +13,24 @@ from cffi import FFI
 # setuptools runs this file by exec, without __file__ of a package: paths are
 # relative to the project's root, which is its working directory by contract.
 CORE = Path("qpostcopy/core")
-HEADERS = ("error.h", "wire.h", "map.h", "uffd.h", "lane.h", "handler.h", "source.h", "inject.h")
+HEADERS = (
+    "error.h",
+    "wire.h",
+    "map.h",
+    "uffd.h",
+    "lane.h",
+    "trace.h",
+    "handler.h",
+    "source.h",
+    "inject.h",
+)
 SOURCES = (
     "error.c",
     "wire.c",
     "map.c",
     "uffd.c",
     "lane.c",
+    "trace.c",
     "handler.c",
     "session.c",
     "fault.c",

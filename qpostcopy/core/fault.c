@@ -108,6 +108,15 @@ static int ask(struct qpc_handler *handler, struct demand *demand, uint32_t inde
     return queue_request(demand, &request, error);
 }
 
+/* The first fault on a page that is missing: not those that more threads take meanwhile, nor
+ * those on a page that was here already, raced by its copy or discarded since. */
+static void trace(struct qpc_handler *handler, uint32_t index, uint64_t page, int64_t read_us)
+{
+    const struct qpc_block *block = &handler->blocks[index];
+    if (!qpc_bits_test(&block->placed, page) && !qpc_bits_test(&block->requested, page))
+        qpc_trace_add(&handler->trace, index, page, read_us);
+}
+
 static int on_fault(struct qpc_handler *handler, struct demand *demand, uint64_t address,
                     int64_t read_us, struct qpc_error *error)
 {
@@ -117,6 +126,7 @@ static int on_fault(struct qpc_handler *handler, struct demand *demand, uint64_t
     uint64_t page = (address - mapping->hva + mapping->offset_bytes) / QPC_PAGE_BYTES;
     struct qpc_block *block = &handler->blocks[mapping->block];
     atomic_fetch_add(&handler->shared->faults, 1);
+    trace(handler, mapping->block, page, read_us);
     if (!qpc_bits_test(&block->placed, page) && !qpc_bits_test(&block->zero, page))
         return ask(handler, demand, mapping->block, page, read_us, error);
     int code = qpc_bits_test(&block->placed, page)

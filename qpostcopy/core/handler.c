@@ -133,6 +133,7 @@ void qpc_handler_destroy(struct qpc_handler *handler)
         qpc_bits_deinit(&handler->blocks[i].requested);
     }
     qpc_bits_deinit(&handler->shared_words);
+    qpc_trace_close(&handler->trace);
     if (handler->stop_fd >= 0)
         close(handler->stop_fd);
     if (handler->done_fd >= 0)
@@ -143,6 +144,12 @@ void qpc_handler_destroy(struct qpc_handler *handler)
     free(handler->block_pages);
     free(handler->mappings);
     free(handler);
+}
+
+int qpc_handler_record(struct qpc_handler *handler, const char *path, uint32_t records_offset,
+                       struct qpc_error *error)
+{
+    return qpc_trace_open(&handler->trace, path, records_offset, error);
 }
 
 /* --- counting ------------------------------------------------------------------------------ */
@@ -207,6 +214,8 @@ void qpc_handler_counters_read(const struct qpc_handler *handler, struct qpc_han
         .faults = in->faults,
         .local_faults = in->local_faults,
         .fault_max_us = in->fault_max_us,
+        .traced_faults = qpc_trace_count(&handler->trace),
+        .untraced_faults = qpc_trace_left_out(&handler->trace),
     };
     for (unsigned i = 0; i < QPC_BUCKETS; i++)
         out->fault_buckets[i] = in->fault_buckets[i];

@@ -20,6 +20,7 @@
 #include "error.h"
 #include "lane.h"
 #include "map.h"
+#include "trace.h"
 #include "uffd.h"
 
 /* cdef-begin */
@@ -53,6 +54,7 @@ struct qpc_handler_counters {
     uint64_t duplicate_pages, discarded_pages, stray_pages;
     uint64_t push_bytes, demand_bytes, wire_bytes;
     uint64_t faults, local_faults, fault_max_us;
+    uint64_t traced_faults, untraced_faults; /* untraced: a bound has left them out */
     uint64_t fault_buckets[256];
 };
 
@@ -61,6 +63,10 @@ struct qpc_handler;
 int qpc_handler_create(struct qpc_handler **handler, const struct qpc_handler_config *config,
                        struct qpc_error *error);
 void qpc_handler_destroy(struct qpc_handler *handler); /* after all loops were joined */
+
+/* From now on faults go to this trace file; see trace.h. Before any loop runs. */
+int qpc_handler_record(struct qpc_handler *handler, const char *path, uint32_t records_offset,
+                       struct qpc_error *error);
 
 /* What the destination's RAM file holds was placed by somebody before us (SEEK_DATA). */
 int qpc_handler_adopt(struct qpc_handler *handler, const int *ram_fds, struct qpc_error *error);
@@ -120,6 +126,7 @@ struct qpc_handler {
     _Atomic bool heard; /* the page server has said something in this session */
     struct qpc_bits shared_words; /* the file under `shared` */
     struct qpc_handler_shared *shared;
+    struct qpc_trace trace;
     pthread_mutex_t waiters_lock;
     struct qpc_waiter *waiters;
     size_t waiter_count, waiter_room;

@@ -74,6 +74,14 @@ class HandlerCore:
         """Eventfd: readable once every page is placed or known to be zero."""
         return int(lib.qpc_handler_done_fd(self._handler))
 
+    def record(self, trace: Path, records_offset: int) -> None:
+        """From now on faults go to this trace file, too (qpostcopy.trace has written its head).
+
+        :raise CoreError: there is no room for it; all else works without.
+        """
+        path = ffi.new("char[]", bytes(trace))
+        call(lib.qpc_handler_record, self._handler, path, records_offset)
+
     def adopt(self, ram_fds: Sequence[int]) -> None:
         """What the RAM files hold was placed before: ask them (SEEK_DATA), by block."""
         call(lib.qpc_handler_adopt, self._handler, ffi.new("int[]", list(ram_fds)))

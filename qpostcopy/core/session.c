@@ -50,7 +50,11 @@ int qpc_handler_adopt(struct qpc_handler *handler, const int *ram_fds, struct qp
     return QPC_OK;
 }
 
-void qpc_handler_commit(struct qpc_handler *handler) { atomic_store(&handler->committed, true); }
+void qpc_handler_commit(struct qpc_handler *handler)
+{
+    atomic_store(&handler->committed, true);
+    qpc_trace_begin(&handler->trace, handler->ops->now_us());
+}
 
 /* --- sessions ------------------------------------------------------------------------------ */
 

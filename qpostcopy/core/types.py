@@ -60,6 +60,8 @@ class HandlerCounters:
     faults: int
     local_faults: int
     fault_max_us: int
+    traced_faults: int
+    untraced_faults: int
     histogram: tuple[tuple[float, int], ...]
 
 

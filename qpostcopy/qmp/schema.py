@@ -145,6 +145,8 @@ class HandlerStats(Model):
     push_bytes: Count
     demand_bytes: Count
     wire_bytes: Count = Field(description="read from all lanes, frame headers included")
+    traced_faults: Count = Field(default=0, description="faults in the trace of this migration")
+    untraced_faults: Count = Field(default=0, description="left out of it, by one of its bounds")
     faults: FaultStats
 
 
@@ -203,6 +205,7 @@ class Attached(Model):
     uffd_fd: int = Field(description="number of the userfaultfd inside QEMU")
     ranges: int
     registered_bytes: int
+    untraced: str | None = Field(default=None, description="why no trace is written, if none is")
 
 
 class Adopt(Model):

@@ -44,6 +44,7 @@ from qpostcopy.lanes import (
 from qpostcopy.qmp import schema
 from qpostcopy.stats import latency_summary
 from qpostcopy.stream import StreamListener
+from qpostcopy.uffd import recording
 from qpostcopy.uffd import registration as ram
 from qpostcopy.uffd.lending import Lender
 from qpostcopy.uffd.listener import LaneListener
@@ -161,11 +162,15 @@ class Handler(Companion):
             raise
         attachment = Attachment(taken, core, fresh=fresh)
         self._attachment = attachment
+        state_dir = self.options.state_dir
+        untraced = await in_thread(
+            partial(recording.record, core, taken.ram_blocks, state_dir, fresh=fresh)
+        )
         if self._is_committed():
             self._commit(attachment)
         asyncio.get_running_loop().add_reader(core.done_fd, self._on_done)
         log.info("%s: %s", "attached" if fresh else "adopted", taken.described)
-        return taken.described
+        return taken.described.model_copy(update={"untraced": untraced})
 
     def _make_core(
         self, taken: Registration, ahead_pages: int, behind_pages: int, fresh: bool
@@ -207,6 +212,7 @@ class Handler(Companion):
                 if not self._is_committed():
                     lender = Lender(self.monitor, self.pid)
                     await in_thread(ram.close_leftovers, self.pid, self.options.state_dir, lender)
+                    recording.forget(self.options.state_dir)
                 return schema.Empty()
             attachment = self._attachment
             await self._end_session(attachment)
@@ -214,6 +220,8 @@ class Handler(Companion):
             attachment.leaving = True
             await in_thread(ram.give_back, attachment.registration, self.options.state_dir)
             self._close_core(attachment)
+            if not attachment.committed and not self._is_committed():
+                recording.forget(self.options.state_dir)
             log.info("detached")
         return schema.Empty()
 

@@ -19,6 +19,7 @@ CASES = [
     ("test_map", "asan"),
     ("test_map", "tsan"),
     ("test_handler", "asan"),
+    ("test_trace", "asan"),
     ("test_lanes", "asan"),
     ("test_lanes", "tsan"),
 ]
