@@ -68,6 +68,8 @@ _OFF = frozenset(
 _PARAMETERS = {"max-bandwidth": 1 << 40, "downtime-limit": 30_000}
 
 ATTACH_SECONDS = 120.0
+#: A trace of a million faults is some seconds' work.
+SCHEDULE_SECONDS = 60.0
 
 
 class PreflightRefusedError(RefusedError):
@@ -177,7 +179,7 @@ async def compile_push_order(migration: Migration) -> None:
             push_bytes_per_second=plan.limits.push_bytes_per_second,
         ),
         schema.Prepared,
-        COMMAND_SECONDS,
+        SCHEDULE_SECONDS,
     )
 
 

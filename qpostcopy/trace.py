@@ -109,7 +109,8 @@ def read_trace(path: Path) -> Trace:
             file.seek(offset)
             return _decode(head, file.read(count * _RECORD.size))
     except FileNotFoundError as error:
-        raise TraceError("no such file", remedy=_ANOTHER) from error
+        remedy = "a path counts from the folder of the file that names it"
+        raise TraceError("no such file", remedy=remedy) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise TraceError(f"cannot be read: {reason}") from error

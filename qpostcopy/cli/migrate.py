@@ -37,7 +37,7 @@ def _migrate(stream: Stream, path: Path, profile: str | None) -> int:
     signals = Signals.install()
     from qpostcopy.cli.viewer import start_and_conclude
     from qpostcopy.config import load_plan
-    from qpostcopy.state import StateDirectory
+    from qpostcopy.state import StateDirectory, write_durably
 
     plan = load_plan(path, profile=profile)
     signals.cancel_if_any()
@@ -48,4 +48,8 @@ def _migrate(stream: Stream, path: Path, profile: str | None) -> int:
         source_qmp=plan.source.qmp,
         destination_qmp=plan.destination.qmp,
     )
+    # What the traces say is kept with the plan: `resume` must not miss a file of the operator's.
+    kept = plan.with_traces_in(stream.directory.path)
+    if kept != plan:
+        write_durably(stream.directory.path / "plan.yaml", kept.to_yaml())
     return start_and_conclude(stream.directory, stream, signals, resume=False)

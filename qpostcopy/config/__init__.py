@@ -24,6 +24,7 @@ from qpostcopy.config.profile import (
     RangeStep,
     SequentialStep,
     Step,
+    TraceStep,
     load_profile,
     shipped_profiles,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "SourcePlan",
     "Step",
     "SwitchWhen",
+    "TraceStep",
     "load_plan",
     "load_profile",
     "shipped_profiles",

@@ -68,12 +68,13 @@ def choice(*words: str, hints: Mapping[str, str] | None = None) -> BeforeValidat
         written = value.text if isinstance(value, Trap) else str(value)
         meant = (hints or {}).get(written.lower())
         remedy = f"write {meant}" if meant else did_you_mean(written, words)
-        raise refusal(value, _alternatives(words), remedy)
+        raise refusal(value, alternatives(words), remedy)
 
     return BeforeValidator(check)
 
 
-def _alternatives(words: tuple[str, ...]) -> str:
+def alternatives(words: tuple[str, ...]) -> str:
+    """`a, b or c`"""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -39,7 +39,15 @@ from qpostcopy.config.fields import (
 from qpostcopy.config.loader import Document, load_document
 from qpostcopy.config.model import Model, by_line, finding, refusal, validate
 from qpostcopy.config.problems import PlanError, Problem, ProfileError
-from qpostcopy.config.profile import NoProfileError, Profile, find_profile, load_profile
+from qpostcopy.config.profile import (
+    NoProfileError,
+    Profile,
+    find_profile,
+    keep_traces,
+    load_profile,
+    trace_problems,
+    with_traces_found,
+)
 
 DEFAULT_PROFILE = "sequential"
 
@@ -167,6 +175,13 @@ class Plan(Model):
             raise finding(text, remedy="write auto", at="pid")
         return destination
 
+    def with_traces_in(self, folder: Path) -> Self:
+        """This plan with copies of the traces that its profile names, in `folder`.
+
+        :raise TraceError: one of them cannot be had any more.
+        """
+        return self.model_copy(update={"profile": keep_traces(self.profile, folder)})
+
     def to_yaml(self) -> str:
         """The plan with nothing left to default or to look up; loads as an equal plan."""
         document = self.model_dump(mode="json", by_alias=True)
@@ -187,13 +202,17 @@ def load_plan(path: Path, *, profile: str | None = None) -> Plan:
     document = load_document(path, PlanError)
     root, profile_problems = _with_profile(document, profile)
     plan, problems = validate(Plan, root, document)
+    inline = root.get("profile")
+    if isinstance(inline, Mapping):
+        problems += trace_problems(inline.get("push"), document, ("profile",))
     in_profile = [problem for problem in profile_problems if problem.file != document.file]
     in_plan = [problem for problem in profile_problems if problem.file == document.file]
     if problems or in_plan:
         raise PlanError([*by_line([*problems, *in_plan]), *in_profile])
     if in_profile or plan is None:
         raise ProfileError(in_profile)
-    return plan
+    written = with_traces_found(plan.profile, document, ("profile",))
+    return plan.model_copy(update={"profile": written})
 
 
 def _with_profile(document: Document, option: str | None) -> tuple[dict[str, Any], list[Problem]]:

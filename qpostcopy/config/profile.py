@@ -4,8 +4,8 @@
     fault:   ahead/behind of the faulting page, and where pushing goes on
 
 `source/schedule.py` compiles it against the RAM blocks of a VM. A profile knows
-no VM, so everything that depends on one (block names, the end of RAM) is
-checked there.
+no VM, so everything that depends on one (block names, the end of RAM, whether a
+trace is of this VM) is checked there.
 """
 
 from __future__ import annotations
@@ -27,20 +27,30 @@ from pydantic import (
 )
 
 import qpostcopy
-from qpostcopy.config.fields import DUMP_SIZE, MAX_BYTES, Name, Version, choice, size, text
-from qpostcopy.config.loader import load_document
-from qpostcopy.config.model import Model, finding, from_file, refusal, shown, validate
-from qpostcopy.config.problems import ProfileError, did_you_mean
+from qpostcopy.config.fields import (
+    DUMP_SIZE,
+    MAX_BYTES,
+    Name,
+    Version,
+    alternatives,
+    choice,
+    size,
+    text,
+)
+from qpostcopy.config.loader import Document, load_document
+from qpostcopy.config.model import Model, by_line, finding, from_file, refusal, shown, validate
+from qpostcopy.config.problems import KeyPath, Problem, ProfileError, did_you_mean
 from qpostcopy.config.units import format_bytes
 from qpostcopy.errors import UsageError
+from qpostcopy.trace import TraceError, encode, read_trace
 
 PAGE_BYTES = 4096
 #: The most that one fault may bring along on either side: the faulting thread
 #: waits for its own page only, but every page sent around delays the next fault.
 MAX_AROUND_BYTES = 2 << 20
 
-KNOWN_STEPS = ("range", "sequential")
-LATER_STEPS = ("trace", "written")
+KNOWN_STEPS = ("trace", "range", "sequential")
+LATER_STEPS = ("written",)
 
 
 _END = size(PAGE_BYTES, MAX_BYTES, PAGE_BYTES)
@@ -96,7 +106,33 @@ class SequentialStep(Step):
     """Every page, in address order."""
 
 
-_STEPS: dict[str, type[Step]] = {"range": RangeStep, "sequential": SequentialStep}
+def _trace_path(value: object) -> object:
+    return value if isinstance(value, Path) else text(value, "the path of a fault trace")
+
+
+def _place(value: object, info: ValidationInfo) -> object:
+    return text(value, "the place of this step") if value is not None or from_file(info) else None
+
+
+class TraceStep(Step):
+    """The pages of a fault trace (qpostcopy.trace), in the order in which they were asked for.
+
+    :ivar file: absolute once the profile is loaded; what it is relative to is the profile's folder.
+    :ivar named_in: where an operator wrote this step, for messages; set when it is loaded, and
+        then the file was looked at.
+    """
+
+    file: Annotated[Path, BeforeValidator(_trace_path)] = Field(
+        description="the path of a fault trace"
+    )
+    named_in: Annotated[str | None, BeforeValidator(_place)] = None
+
+
+_STEPS: dict[str, type[Step]] = {
+    "trace": TraceStep,
+    "range": RangeStep,
+    "sequential": SequentialStep,
+}
 
 
 def step_name(step: object) -> str:
@@ -112,15 +148,16 @@ def _is_step(value: object) -> object:
     """`value`, if it names one step that this version has."""
     if isinstance(value, Step):
         return value
-    expected = f"one step, {' or '.join(KNOWN_STEPS)}, with its settings in braces"
+    expected = f"one step, {alternatives(KNOWN_STEPS)}, with its settings in braces"
     if isinstance(value, str) and value in KNOWN_STEPS:
-        raise refusal(value, expected, f"write {value}: {{}}")
+        settings = "{file: PATH}" if value == "trace" else "{}"
+        raise refusal(value, expected, f"write {value}: {settings}")
     if not isinstance(value, Mapping) or len(value) != 1:
         remedy = "begin each step with its own dash" if isinstance(value, Mapping) else None
         raise refusal(value, expected, remedy)
     name = str(next(iter(value)))
     if name in LATER_STEPS:
-        remedy = f"leave the step out; this version has {' and '.join(KNOWN_STEPS)}"
+        remedy = f"leave the step out; this version has {', '.join(KNOWN_STEPS)}"
         raise finding("this step is not in this version", remedy=remedy, at=name)
     if name not in KNOWN_STEPS:
         remedy = did_you_mean(name, KNOWN_STEPS) or f"the steps are {', '.join(KNOWN_STEPS)}"
@@ -134,7 +171,8 @@ def _settings(value: object) -> object:
 
 
 AnyStep = Annotated[
-    Annotated[RangeStep, BeforeValidator(_settings), Tag("range")]
+    Annotated[TraceStep, BeforeValidator(_settings), Tag("trace")]
+    | Annotated[RangeStep, BeforeValidator(_settings), Tag("range")]
     | Annotated[SequentialStep, BeforeValidator(_settings), Tag("sequential")],
     Discriminator(step_name),
     BeforeValidator(_is_step),
@@ -177,11 +215,64 @@ def load_profile(path: Path) -> Profile:
     """
     document = load_document(path, ProfileError)
     profile, problems = validate(Profile, document.root, document)
+    problems += trace_problems(document.root.get("push"), document)
     if "version" not in document.root:
         problems.insert(0, document.problem(("version",), "is missing: expected 1"))
     if problems or profile is None:
-        raise ProfileError(problems)
-    return profile
+        raise ProfileError(by_line(problems))
+    return with_traces_found(profile, document)
+
+
+def trace_problems(push: object, document: Document, at: KeyPath = ()) -> list[Problem]:
+    """What is wrong with the trace files that steps name, whatever else may be wrong.
+
+    :param push: the steps as they are written. :param at: the profile's key in the document.
+    """
+    problems: list[Problem] = []
+    for index, step in enumerate(push if isinstance(push, list) else ()):
+        settings = step.get("trace") if isinstance(step, Mapping) and len(step) == 1 else None
+        if not isinstance(settings, Mapping) or "named_in" in settings:
+            continue  # something that the model refuses, or looked at before
+        file = settings.get("file")
+        if not isinstance(file, str) or not file.isprintable():
+            continue
+        try:
+            read_trace(_beside(document, file))
+        except TraceError as cause:
+            key: KeyPath = (*at, "push", index, "trace", "file")
+            problems.append(document.problem(key, f"{shown(file)}: {cause}", cause.remedy))
+    return problems
+
+
+def with_traces_found(profile: Profile, document: Document, at: KeyPath = ()) -> Profile:
+    """The profile with its trace files by absolute paths, each step with its place."""
+    steps: list[Step] = []
+    for index, step in enumerate(profile.push):
+        if isinstance(step, TraceStep) and step.named_in is None:
+            place = str(document.problem((*at, "push", index, "trace", "file"), ""))
+            found = {"file": _beside(document, step.file), "named_in": place}
+            step = step.model_copy(update=found)
+        steps.append(step)
+    return profile.model_copy(update={"push": tuple(steps)})
+
+
+def _beside(document: Document, file: str | Path) -> Path:
+    return (Path(document.file).parent / file).absolute()
+
+
+def keep_traces(profile: Profile, folder: Path) -> Profile:
+    """The profile with copies of its traces, in `folder`, in place of what it names.
+
+    :raise TraceError: one of them cannot be had any more.
+    """
+    steps: list[Step] = []
+    for index, step in enumerate(profile.push):
+        if isinstance(step, TraceStep):
+            copy = folder / f"push-{index}.trace"
+            copy.write_bytes(encode(read_trace(step.file)))
+            step = step.model_copy(update={"file": copy})
+        steps.append(step)
+    return profile.model_copy(update={"push": tuple(steps)})
 
 
 def shipped_profiles() -> dict[str, Path]:

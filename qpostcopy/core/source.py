@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from qpostcopy.core.calls import LaneEnd, call, ffi, lib, run_loop
@@ -40,15 +43,15 @@ class SourceCore:
         call(lib.qpc_source_create, out, config)
         self._source: Any = out[0]
 
-    def set_schedule(self, extents: Iterable[tuple[int, int, int]]) -> None:
-        """The order of the push: (block index, first page, page count) of each extent."""
-        listed = list(extents)
-        table = ffi.new("struct qpc_extent[]", len(listed))
-        for entry, (block, first_page, page_count) in zip(table, listed, strict=True):
-            entry.block = block
-            entry.first_page = first_page
-            entry.page_count = page_count
-        call(lib.qpc_source_set_schedule, self._source, table, len(listed))
+    def set_schedule(self, extents: Iterable[tuple[int, int, int]] | array[int]) -> None:
+        """The order of the push: (block index, first page, page count) of each extent.
+
+        :param extents: triples, or an `array("Q")` with all of them flat.
+        """
+        flat = extents if isinstance(extents, array) else array("Q", chain.from_iterable(extents))
+        assert flat.itemsize * 3 == ffi.sizeof("struct qpc_extent") and sys.byteorder == "little"
+        table = ffi.from_buffer("struct qpc_extent[]", flat)
+        call(lib.qpc_source_set_schedule, self._source, table, len(flat) // 3)
 
     def receive_have(self, demand_fd: int, deadline_ms: int) -> None:
         """Block until the handler's START; what it has will not be pushed.

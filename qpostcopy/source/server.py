@@ -80,6 +80,8 @@ class PageServer(Companion):
         self._ram: Ram | None = None
         self._core: SourceCore | None = None
         self._core_for: tuple[bool, int | None] | None = None
+        self._prepared_for: tuple[Profile, int | None] | None = None
+        self._extents = 0
         self._session: Session | None = None
         self._changing = asyncio.Lock()
 
@@ -95,10 +97,14 @@ class PageServer(Companion):
             if self._session is not None and self._session.serving:
                 raise WrongStateError("qpc-prepare: this page server is serving")
             ram = await self._open_ram()
-            extents = await asyncio.to_thread(compile_schedule, profile, ram.blocks)
-            core = self._core_of(profile, arguments.push_bytes_per_second, ram)
-            await in_thread(core.set_schedule, extents)
-        return schema.Prepared(extents=len(extents))
+            wanted = (profile, arguments.push_bytes_per_second)
+            if self._prepared_for != wanted:
+                # A trace can make this a second's work: not again for each repair.
+                order = await asyncio.to_thread(compile_schedule, profile, ram.blocks)
+                core = self._core_of(profile, arguments.push_bytes_per_second, ram)
+                await in_thread(core.set_schedule, order.table)
+                self._prepared_for, self._extents = wanted, len(order)
+        return schema.Prepared(extents=self._extents)
 
     async def qpc_connect(self, arguments: schema.Connect) -> schema.Empty:
         """See schema.Connect.

@@ -39,7 +39,7 @@ def test_all_findings_of_all_files_are_in_one_error(tmp_path: Path) -> None:
     assert isinstance(error, ProfileError)
     assert [(Path(p.file).name, p.line, p.key) for p in error.problems] == [
         ("a.yaml", 3, "fault.ahead"),
-        ("b.yaml", 3, "push[0].trace"),
+        ("b.yaml", 3, "push[0].trace.file"),
         ("b.yaml", 4, "foo"),
     ]
 

@@ -12,10 +12,13 @@ from qpostcopy.config import (
     Profile,
     RangeStep,
     SequentialStep,
+    TraceStep,
+    load_plan,
     load_profile,
     shipped_profiles,
 )
 from qpostcopy.source.schedule import compile_schedule
+from qpostcopy.trace import Trace, TracedBlock, encode
 
 CHECKOUT = Path(__file__).parents[2] / "configs" / "profiles"
 
@@ -50,6 +53,51 @@ fault: {ahead: 2MiB, behind: 4KiB, then: here}
         ),
         fault=FaultPolicy(ahead_bytes=2 << 20, behind_bytes=4096, then="here"),
     )
+
+
+def write_trace(path: Path, *, size_bytes: int = 1 << 20) -> Path:
+    path.write_bytes(encode(Trace((TracedBlock("ram0", size_bytes),), (3, 1), (0, 9))))
+    return path
+
+
+def test_a_trace_is_found_beside_its_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = write_trace(tmp_path / "web.trace")
+    (tmp_path / "p.yaml").write_text(
+        "version: 1\nname: p\npush:\n  - sequential: {}\n  - trace: {file: web.trace}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    step = load_profile(Path("p.yaml")).push[1]
+    assert step == TraceStep(file=trace, named_in="p.yaml:5: push[1].trace.file")
+
+
+def test_a_plan_keeps_what_its_traces_say(tmp_path: Path) -> None:
+    """Deleting them during a migration changes nothing; loading its plan asks for no file."""
+    trace = write_trace(tmp_path / "web.trace")
+    state = tmp_path / "state"
+    state.mkdir()
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "version: 1\nname: web1\nsource: {qmp: /a}\ndestination: {qmp: /b}\n"
+        "profile:\n  name: p\n  push:\n    - trace: {file: web.trace}\n"
+    )
+    plan = load_plan(path)
+    place = f"{path}:8: profile.push[0].trace.file"
+    assert plan.profile.push == (TraceStep(file=trace, named_in=place),)
+    kept = plan.with_traces_in(state)
+    content = trace.read_bytes()
+    trace.unlink()
+    (state / "plan.yaml").write_text(kept.to_yaml())
+    loaded = load_plan(state / "plan.yaml")
+    assert loaded == kept
+    (step,) = loaded.profile.push
+    assert isinstance(step, TraceStep)
+    assert step.named_in == place
+    assert step.file.parent == state
+    assert step.file.read_bytes() == content
+    again = Profile.model_validate(loaded.profile.model_dump(mode="json"))
+    assert again == loaded.profile
 
 
 def test_all_but_version_and_name_has_a_default(tmp_path: Path) -> None:
