@@ -72,7 +72,9 @@ class Series:
         self.made.append(vm)
         return vm
 
-    def start(self, there: Vm, *, profile: str, push: str, at: str = "") -> subprocess.Popen[str]:
+    def start(
+        self, there: Vm, *, profile: object, push: str, at: str = ""
+    ) -> subprocess.Popen[str]:
         plan = {
             "version": 1,
             "name": "series",
