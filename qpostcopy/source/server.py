@@ -101,6 +101,7 @@ class PageServer(Companion):
             if self._prepared_for != wanted:
                 # A trace can make this a second's work: not again for each repair.
                 order = await asyncio.to_thread(compile_schedule, profile, ram.blocks)
+                self._prepared_for = None
                 core = self._core_of(profile, arguments.push_bytes_per_second, ram)
                 await in_thread(core.set_schedule, order.table)
                 self._prepared_for, self._extents = wanted, len(order)

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from qpostcopy.companion import Options
-from qpostcopy.config import Profile
+from qpostcopy.config import Profile, TraceStep
 from qpostcopy.core import LoopStoppedError
 from qpostcopy.errors import QpostcopyError, UsageError
 from qpostcopy.lanes import Lanes, LaneThreads
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.client import RemoteError
 from qpostcopy.source.server import PageServer, Session
+from qpostcopy.trace import Trace, TracedBlock, encode
 from tests.companions import MIB, Pair, assert_same_ram, connected, fill, memfd_backends, vm_pair
 from tests.qmp.support import private_directory
 
@@ -116,6 +117,33 @@ def test_what_it_refuses() -> None:
                     "qpc-connect",
                     {"host": "127.0.0.1", "port": port, "push_lanes": 1, "token": "x"},
                 )
+            await pair.page_server.quit()
+
+    with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
+        asyncio.run(body(pair))
+
+
+def test_a_trace_is_compiled_once(tmp_path: Path) -> None:
+    """A repair prepares again, while the guest waits: the file is not even looked at."""
+
+    async def body(pair: Pair) -> None:
+        async with asyncio.timeout(SECONDS), connected(pair):
+            client = await pair.page_server.start()
+
+            async def prepare(blocks: tuple[TracedBlock, ...], rate: int | None = None) -> int:
+                (tmp_path / "t").write_bytes(encode(Trace(blocks, (5, 3, 4), (0, 0, 0))))
+                steps = (TraceStep(file=tmp_path / "t", named_in="web.yaml:5: push[0]"),)
+                profile = Profile(name="traced", push=steps).model_dump(mode="json")
+                wanted = schema.Prepare(profile=profile, push_bytes_per_second=rate)
+                return (await client.call("qpc-prepare", wanted, schema.Prepared)).extents
+
+            ours = TracedBlock("ram0", 32 * MIB)
+            with pytest.raises(UsageError, match=r"^web\.yaml:5: .* trace of another VM"):
+                await prepare((ours, TracedBlock("ram1", MIB)))
+            assert await prepare((ours,)) == 4  # 5; 3 and 4; what is below; what is above
+            assert await prepare((TracedBlock("other", MIB),)) == 4
+            with pytest.raises(UsageError, match="trace of another VM"):
+                await prepare((TracedBlock("other", MIB),), rate=MIB)  # another order: anew
             await pair.page_server.quit()
 
     with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
