@@ -58,8 +58,11 @@ class Victim:
         message, fds, _, _ = socket.recv_fds(self.control, 100, 1)
         self.hva, self.uffd = int(message), fds[0]
         self._answers = self.control.makefile()
-        uffd_api(self.uffd)
+        self.initialize()
         uffd_register_missing(self.uffd, self.hva, size)
+
+    def initialize(self) -> None:
+        uffd_api(self.uffd)
 
     def send(self, *words: object) -> None:
         self.control.sendall((" ".join(str(word) for word in words) + "\n").encode())

@@ -5,8 +5,10 @@ a userfaultfd for itself, and obeys one-line commands on a socket.
 
     usage: victim.py SOCKET_FD MEMFD SIZE
     read PAGE COUNT      -> sha256 of these pages
+    peek PAGE OFFSET     -> that byte
     write PAGE BYTE      -> ok
-    discard PAGE COUNT   -> ok (punched, as a balloon does)
+    discard PAGE COUNT   -> ok (the file is punched: the first half of what a balloon does)
+    drop PAGE COUNT      -> ok (MADV_DONTNEED: the other half)
 """
 
 import ctypes
@@ -36,12 +38,16 @@ def main() -> None:
         if words[0] == "read":
             data = memory[first : first + number * mmap.PAGESIZE]
             answer = hashlib.sha256(data).hexdigest()
+        elif words[0] == "peek":
+            answer = str(memory[first + number])
         elif words[0] == "write":
             memory[first] = number
         elif words[0] == "discard":
             libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
             length = number * mmap.PAGESIZE
             assert libc.fallocate(memfd, FALLOC_FL_PUNCH_HOLE_KEEP_SIZE, first, length) == 0
+        elif words[0] == "drop":
+            memory.madvise(mmap.MADV_DONTNEED, first, number * mmap.PAGESIZE)
         control.sendall(f"{answer}\n".encode())
 
 
