@@ -21,7 +21,9 @@
  * Kernel command line (the kernel hands words that are not its own to init's
  * environment): workload=NAME, rate=REQUESTS_PER_SECOND (0: as fast as
  * it can; absent: the workload's own, lowered to what this guest can hold with
- * half a core to spare), drivers=on (load those of virtio devices first).
+ * half a core to spare), drivers=on (load those of virtio devices first),
+ * spare=MIB (memory that had content and is free, see spare.h), freeing=MIB (of that,
+ * used and freed again and again).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -40,6 +42,7 @@
 #include "drivers.h"
 #include "pages.h"
 #include "picks.h"
+#include "spare.h"
 
 enum {
     TICK_US = 2000,          /* requests that fall due within a tick are served together */
@@ -252,6 +255,13 @@ static void choose_rate(void)
         progress.rate = half ? (unsigned)half : 1;
 }
 
+/* A word of the kernel's command line; 0: not there. */
+static uint64_t mebibytes_of(const char *name)
+{
+    const char *given = getenv(name);
+    return given ? strtoull(given, NULL, 10) << 20 : 0;
+}
+
 int main(void)
 {
     mkdir("/proc", 0755);
@@ -262,9 +272,14 @@ int main(void)
     if (getenv("drivers"))
         load_drivers();
     choose_workload();
+    uint64_t spare_bytes = mebibytes_of("spare");
+    if (spare_bytes)
+        hold_spare(spare_bytes, mebibytes_of("freeing"));
     fill_memory();
     if (workload->prepare)
         workload->prepare();
+    if (spare_bytes)
+        free_spare();
     choose_rate();
     say("@ready %s %u %llu %llu %llu\n", workload->name, progress.rate,
         (unsigned long long)memory.data_pages,
