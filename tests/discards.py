@@ -114,7 +114,7 @@ class Rig:
 
     def replace_handler(self) -> None:
         """As good as SIGKILL: nothing is written at the end. The next one takes over."""
-        self._close_session()
+        self.end_session()
         self.handler.close()
         self.handler = self._make_handler(fresh=False)
         self.handler.adopt([self.memory.ram_fd])
@@ -139,7 +139,7 @@ class Rig:
         ]
 
     def close(self) -> None:
-        self._close_session()
+        self.end_session()
         self.handler.close()
         self.source.close()
         os.close(self._source_fd)
@@ -156,7 +156,8 @@ class Rig:
         self._threads.append(threading.Thread(target=loop, args=(lane_fd,)))
         self._threads[-1].start()
 
-    def _close_session(self) -> None:
+    def end_session(self) -> None:
+        """The loops end: nobody reads a fault. Idempotent."""
         self.handler.stop()
         self.source.stop()
         for thread in self._threads:
