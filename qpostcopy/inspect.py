@@ -195,10 +195,20 @@ async def find_devices(execute: Execute, pid: int) -> tuple[str, ...]:
                 kind = re.sub(r"^child<(.*)>$", r"\1", item["type"])
                 if _NOTABLE.match(kind):
                     found.add(kind)
+                if await _hints_free_pages(execute, kind, f"{container}/{item['name']}"):
+                    found.add(f"{kind},free-page-hint=on")
     network = await execute("human-monitor-command", {"command-line": "info network"})
     found |= set(re.findall(r"type=(vhost-(?:user|vdpa))\b", str(network)))
     files = await asyncio.to_thread(_if_allowed, _device_files, pid, set[str]())
     return tuple(sorted(found | files))
+
+
+async def _hints_free_pages(execute: Execute, kind: str, path: str) -> bool:
+    with suppress(CommandError):
+        return kind.startswith("virtio-balloon") and bool(
+            await execute("qom-get", {"path": path, "property": "free-page-hint"})
+        )
+    return False
 
 
 def _device_files(pid: int) -> set[str]:

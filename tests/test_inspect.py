@@ -87,6 +87,21 @@ def test_a_device_that_shares_memory_with_others(tmp_path: Path) -> None:
         assert gather(vm, "source").devices == ("ivshmem-plain",)
 
 
+@pytest.mark.parametrize(
+    ("options", "seen"),
+    [
+        (",free-page-hint=on,iothread=io", ("virtio-balloon-pci,free-page-hint=on",)),
+        (",free-page-reporting=on", ()),
+    ],
+)
+def test_a_balloon_whose_guest_hints_free_pages(
+    tmp_path: Path, options: str, seen: tuple[str, ...]
+) -> None:
+    more = ("-object", "iothread,id=io", "-device", f"virtio-balloon-pci{options}")
+    with Vm("a", replace(SOURCE, more=more), tmp_path) as vm:
+        assert gather(vm, "source").devices == seen
+
+
 def test_prealloc_is_seen(tmp_path: Path) -> None:
     spec = replace(DESTINATION, backends=(replace(RAM, more="prealloc=on"),))
     with Vm("a", SOURCE, tmp_path) as a, Vm("b", spec, tmp_path) as b:

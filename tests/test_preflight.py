@@ -100,6 +100,7 @@ AT_SOURCE: list[tuple[dict[str, Any], str]] = [
     ({"run_status": "inmigrate", "running": False}, "source-not-movable"),
     ({"run_status": "postmigrate", "running": False}, "source-not-movable"),
     ({"run_status": "guest-panicked", "running": False}, "source-not-movable"),
+    ({"devices": ("virtio-balloon-pci,free-page-hint=on",)}, "free-page-hint"),
     ({"migration_status": "active"}, "migration-under-way"),
     ({"migration_status": "postcopy-active"}, "migration-under-way"),
     ({"block_backend": "memory-backend-memfd", "qemu_version": "7.2.22"}, ""),
@@ -214,6 +215,12 @@ def test_blocks_that_are_not_on_both_sides() -> None:
     )
     (found,) = judge(SOURCE, more)
     assert "ram1 is at the destination, and not at the source" in found.message
+
+
+def test_a_destination_may_hint_free_pages() -> None:
+    """Only a QEMU that sends clears the bits of what its guest hints."""
+    device = "virtio-balloon-pci,free-page-hint=on"
+    assert judge(SOURCE, changed(DESTINATION, devices=(device,))) == []
 
 
 def test_two_blocks_in_one_file() -> None:
