@@ -36,6 +36,7 @@ class ProcessMemory(Victim):
 
     def __init__(self, pages: int) -> None:
         super().__init__(pages)
+        self.control.settimeout(30)  # one that waits for a page for ever fails its test
         self.pages = pages
 
     def peek(self, page: int) -> int:
