@@ -42,7 +42,9 @@ int qpc_uffd_wake_by(const struct qpc_ops *ops, int uffd, uint64_t hva, uint64_t
                      struct qpc_error *error);
 
 /* cdef-begin */
-/* UFFDIO_API with the features we need (MISSING_SHMEM); once in the life of a userfaultfd. */
+/* UFFDIO_API with the features we need (MISSING_SHMEM); once in the life of a userfaultfd.
+ * No event is asked for: QEMU's main loop would wait for us whenever its guest gives memory
+ * back, our death included, and a right result does not need it (docs/discards.md). */
 int qpc_uffd_api(int uffd, struct qpc_error *error);
 int qpc_uffd_register_missing(int uffd, uint64_t hva, uint64_t length, struct qpc_error *error);
 int qpc_uffd_unregister(int uffd, uint64_t hva, uint64_t length, struct qpc_error *error);

@@ -14,6 +14,7 @@ import os
 import random
 import select
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +97,35 @@ def test_any_order(tmp_path_factory: pytest.TempPathFactory, seed: int, steps: i
         assert isinstance(rig.memory, ProcessMemory)
         rig.answer()
         play(rig, rig.memory, random.Random(seed), steps)
+
+
+def test_discards_at_the_same_time(tmp_path: Path) -> None:
+    """Punches fall into copies, faults and zero pages: no page is a mixture or a stranger's."""
+    pages = 12000
+    with rig_of(tmp_path, pages) as rig:
+        rig.answer()
+        over = threading.Event()
+
+        def punch_all_over() -> None:
+            chance = random.Random(1)
+            while not over.is_set():
+                rig.punch(chance.randrange(pages - 8), chance.randrange(1, 8))
+
+        thread = threading.Thread(target=punch_all_over)
+        thread.start()
+        try:
+            chance = random.Random(2)
+            for first in range(0, pages, 500):
+                rig.push(first, 500)
+                for _ in range(20):
+                    page = chance.randrange(pages)
+                    assert rig.memory.peek(page) in (0, fill_of(page))
+        finally:
+            over.set()
+            thread.join()
+        for page, fill in enumerate(rig.finish()):
+            assert fill in (0, fill_of(page))
+        assert rig.handler.stats().discarded_pages > 0
 
 
 def test_a_discard_while_the_page_is_asked_for(tmp_path: Path) -> None:
