@@ -13,6 +13,7 @@ from qpostcopy.errors import (
     StateLostError,
     UsageError,
 )
+from qpostcopy.history import moved_before
 from qpostcopy.migration import Migration, error_code, now_seconds
 from qpostcopy.phases import Phase
 from qpostcopy.qmp.schema import HandlerStats
@@ -72,7 +73,11 @@ def after_rollback(migration: Migration, location: Location, error: Exception) -
     """It is back at the source because of `error`; or its guest ended by itself meanwhile."""
     if location == "ended":
         return Outcome(ResultStatus.COMPLETED, location, Phase.COMPLETE)
-    return Outcome(_status_before_commit(migration, error), location, Phase.ROLLED_BACK, error)
+    status = _status_before_commit(migration, error)
+    if status in (ResultStatus.REFUSED, ResultStatus.ERROR):  # it stays where it was
+        ours, there = migration.state.source, migration.state.destination
+        location = moved_before(ours.qmp, there.qmp, ours.qemu)
+    return Outcome(status, location, Phase.ROLLED_BACK, error)
 
 
 def _status_before_commit(migration: Migration, error: Exception) -> ResultStatus:

@@ -21,7 +21,13 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from qpostcopy.errors import QpostcopyError, StateLostError, UsageError
+from qpostcopy.errors import (
+    ExitCode,
+    QpostcopyError,
+    RefusedError,
+    StateLostError,
+    UsageError,
+)
 from qpostcopy.phases import Phase
 from qpostcopy.process import Process
 from qpostcopy.qmp.schema import Model
@@ -37,8 +43,21 @@ class UnknownMigrationError(UsageError):
     """No state directory of this ID or plan name."""
 
 
+class RunDirectoryError(RefusedError):
+    """The directory of the state directories cannot be used: nothing was touched."""
+
+    code = "run-directory"
+
+
 class StateUnreadableError(StateLostError):
     """`state.json` is missing or not what we wrote."""
+
+
+class StateForbiddenError(StateUnreadableError):
+    """It is somebody else's: nothing is wrong with it, and nothing of it can be told."""
+
+    exit_code = ExitCode.UNEXPECTED
+    code = "state-forbidden"
 
 
 class ControllerAliveError(QpostcopyError):
@@ -171,6 +190,11 @@ class StateDirectory:
         """
         try:
             state = MigrationState.model_validate_json((path / "state.json").read_text())
+        except PermissionError as error:
+            raise StateForbiddenError(
+                f"{path}/state.json may not be read by you: {error.strerror}",
+                remedy="ask as the user who started the migration, or as root",
+            ) from error
         except (OSError, ValidationError) as error:
             raise StateUnreadableError(
                 f"{path}/state.json cannot be read ({error.__class__.__name__}): where the VM is, "
@@ -184,13 +208,18 @@ class StateDirectory:
     def find(cls, name: str | None) -> StateDirectory:
         """By ID, or the latest of a plan's name; None: the latest of all.
 
+        One that was refused touched nothing and knows nothing of the VM: a name means it
+        only if there is no other.
+
         :raise UnknownMigrationError: there is none.
         """
-        for path in reversed(_directories()):
-            parts = _ID.match(path.name)
-            if name is None or path.name == name or (parts and parts["name"] == name):
+        found = [path for path in reversed(_directories()) if name in _names(path)]
+        for path in found:
+            if path.name == name or not _was_refused(path):
                 return cls.open(path)
-        wanted = f"no migration {name!r}" if name else "no migration"
+        if found:
+            return cls.open(found[0])
+        wanted = "no migration" if name is None else f"no migration {name!r}"
         known = ", ".join(path.name for path in _directories()[-5:])
         raise UnknownMigrationError(
             f"{wanted} in {run_directory()}",
@@ -203,6 +232,16 @@ class StateDirectory:
         for path in _directories():
             with suppress(StateUnreadableError):
                 yield cls.open(path)
+
+    @property
+    def refused(self) -> bool:
+        """Whether it ended before anything was touched."""
+        return _was_refused(self.path)
+
+    @staticmethod
+    def known() -> list[str]:
+        """The IDs of all directories, the latest first, readable or not."""
+        return [path.name for path in reversed(_directories())]
 
     @property
     def _state_file(self) -> Path:
@@ -244,11 +283,7 @@ class StateDirectory:
         write_durably(self.path / "result.json", json.dumps(result, indent=1) + "\n")
 
     def read_result(self) -> dict[str, object] | None:
-        try:
-            result = json.loads((self.path / "result.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return result if isinstance(result, dict) else None
+        return _read_result(self.path)
 
     @property
     def finished(self) -> bool:
@@ -340,19 +375,57 @@ def migration_at(
 
 def _directories() -> list[Path]:
     """Oldest first, by the time in the ID."""
-    if not run_directory().is_dir():
+    try:
+        found = [path for path in run_directory().iterdir() if _ID.match(path.name)]
+    except FileNotFoundError:
         return []
-    found = [path for path in run_directory().iterdir() if _ID.match(path.name)]
-    return sorted(found, key=_age)
+    except OSError as error:
+        raise _unusable(error) from error
+    return sorted(found, key=_stamp)
 
 
-def _age(path: Path) -> tuple[str, str]:
-    """Older directories sort first."""
+def _names(path: Path) -> tuple[str | None, ...]:
+    """What a migration may be called: nothing at all, its plan's name, its ID."""
+    parts = _ID.match(path.name)
+    return None, path.name, parts["name"] if parts else path.name
+
+
+def _was_refused(path: Path) -> bool:
+    result = _read_result(path)
+    return result is not None and result.get("status") in ("refused", "error")
+
+
+def _read_result(path: Path) -> dict[str, object] | None:
+    try:
+        result = json.loads((path / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) else None
+
+
+def _stamp(path: Path) -> tuple[str, str]:
+    """What the directories are sorted by: time, then name."""
     return path.name.rpartition("-")[2], path.name
 
 
+def _unusable(error: OSError) -> RunDirectoryError:
+    """For people: which directory, why not, and what to do."""
+    remedy = "be root, or set QPOSTCOPY_RUN_DIR to a directory of your own on a tmpfs"
+    return RunDirectoryError(
+        f"{run_directory()}: state directories cannot be kept there: {error.strerror}",
+        remedy=remedy,
+    )
+
+
 def _make_directory(plan_name: str) -> Path:
-    run_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        run_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _make_new(plan_name)
+    except OSError as error:
+        raise _unusable(error) from error
+
+
+def _make_new(plan_name: str) -> Path:
     seconds = int(time.time())
     while True:  # two of one plan within a second: the next free second is its name
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
