@@ -58,7 +58,8 @@ class DestinationLostError(StateLostError):
 class RepairBudget:
     """At most `REPAIRS` within `REPAIRS_WITHIN_SECONDS`."""
 
-    def __init__(self) -> None:
+    def __init__(self, migration_id: str) -> None:
+        self._migration_id = migration_id
         self._spent: deque[float] = deque()
 
     def spend(self, now: float, problem: str) -> float:
@@ -75,7 +76,8 @@ class RepairBudget:
                 f"{REPAIRS} repairs within {REPAIRS_WITHIN_SECONDS:g} s did not help ({problem}); "
                 "the VM is at the destination, waits on missing pages only, and must not be "
                 "started elsewhere",
-                remedy="see the logs in the state directory, then `qpostcopy resume`",
+                remedy="see the logs in the state directory, then `qpostcopy resume "
+                f"{self._migration_id}`",
             )
         self._spent.append(now)
         return _BACKOFF_SECONDS * ((1 << len(self._spent) >> 1) - 1)
@@ -91,7 +93,7 @@ async def run_postcopy(migration: Migration, problem: str) -> Location:
     :raise InterruptedMigrationError: `resume` can go on.
     :raise StateLostError: it cannot.
     """
-    budget, mark = RepairBudget(), 0
+    budget, mark = RepairBudget(migration.state.migration_id), 0
     while not await _destination_gone(migration):
         try:
             if problem:
