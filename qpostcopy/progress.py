@@ -112,26 +112,50 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s"
 
 
-def line(progress: Progress) -> str:
+def line(progress: Progress, columns: int | None = None) -> str:
     """One line, without colour.
 
     `postcopy 71% 11.4/16.0 GiB  left 4.6 GiB  1.12 GiB/s  faults 812/s p50 0.4 p99 2.1 ms
     downtime 12 ms  ETA 4 s`
+
+    :param columns: what is least missed is left out until it fits.
     """
     if not progress.total_bytes:
-        return progress.phase
-    parts = [
-        f"{progress.phase} {progress.percent:.0f}% {_of(progress)}",
-        f"left {human_bytes(progress.left_bytes)}",
-        f"{human_bytes(progress.bytes_per_second)}/s",
-        f"faults {progress.faults_per_second:.0f}/s "
-        f"p50 {_ms(progress.fault_p50_us)} p99 {_ms(progress.fault_p99_us)} ms",
-    ]
-    if progress.downtime_ms is not None:
-        parts.append(f"downtime {progress.downtime_ms:.0f} ms")
-    if progress.eta_seconds is not None and progress.left_bytes:
-        parts.append(f"ETA {human_seconds(progress.eta_seconds)}")
-    return "  ".join(parts)
+        return progress.phase[:columns]
+    part = _parts(progress)
+    for names in _FORMS:
+        text = "  ".join(part[name] for name in names.split() if part[name])
+        if columns is None or len(text) <= columns:
+            return text
+    return text[:columns]
+
+
+#: What is shown, the widest first. The last but one fits 40 columns, the others 80 and more.
+_FORMS = (
+    "where left rate faults downtime eta",
+    "where left rate faults eta",
+    "where rate slowest-faults downtime eta",
+    "where rate slowest-faults eta",
+    "where rate eta",
+    "where eta",
+    "where",
+)
+
+
+def _parts(progress: Progress) -> dict[str, str]:
+    """The parts of the line; one that says nothing is empty."""
+    faults = f"faults {progress.faults_per_second:.0f}/s"
+    p50, p99 = _ms(progress.fault_p50_us), _ms(progress.fault_p99_us)
+    downtime, eta = progress.downtime_ms, progress.eta_seconds
+    return {
+        "where": f"{progress.phase} {progress.percent:.0f}% {_of(progress)}",
+        "left": f"left {human_bytes(progress.left_bytes)}",
+        "rate": f"{human_bytes(progress.bytes_per_second)}/s",
+        "faults": f"{faults} p50 {p50} p99 {p99} ms",
+        "slowest-faults": f"{faults} p99 {p99} ms",
+        "downtime": "" if downtime is None else f"downtime {downtime:.0f} ms",
+        "eta": "" if eta is None or not progress.left_bytes else f"ETA {human_seconds(eta)}",
+    }
 
 
 def _of(progress: Progress) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qpostcopy.cli import main
+import pytest
+
+from qpostcopy.cli import main, messages, watch
+from qpostcopy.lab.measure import GuestCost
+from qpostcopy.migration import error_code
 from qpostcopy.phases import Phase
 from qpostcopy.progress import Progress
 from qpostcopy.qmp.schema import FaultStats, Model
@@ -77,6 +81,47 @@ def test_states_of_a_controller() -> None:
         *(str(state) for state in ControllerState),
         "resume",
     }
+
+
+def test_status() -> None:
+    part = section("`status`")
+    assert rows(part).keys() | set(messages.Head.model_fields) | {"type"} == set(
+        messages.StatusMessage.model_fields
+    )
+    assert names(rows(part)["source"]) == set(messages.SideReport.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("title", "model"),
+    [
+        ("`result` of `check` and of `migrate --dry-run`", messages.CheckResult),
+        ("`result` of `abort`", messages.AbortResult),
+        ("`result` of a failure without a migration's own", messages.FailureResult),
+        ("`phase`, `log`, `progress`", messages.PhaseMessage),
+        ("`phase`, `log`, `progress`", messages.LogMessage),
+    ],
+    ids=lambda what: getattr(what, "__name__", ""),
+)
+def test_the_other_objects(title: str, model: type[Model]) -> None:
+    own = set(model.model_fields) - set(messages.Head.model_fields) - {"type"}
+    assert own <= names(section(title)), own - names(section(title))
+
+
+def test_the_head_of_every_object() -> None:
+    head = TEXT[: TEXT.index("\n## ")]
+    assert rows(head).keys() == {*messages.Head.model_fields, "type"}
+    kinds = {"phase", "progress", "log", "status", "result"}
+    assert names(rows(head)["type"]) == kinds
+
+
+def test_what_watch_may_end_in() -> None:
+    part = section("`status --watch`")
+    assert names(part) >= {error_code(watch.NobodyAtWorkError("")), "watch-left"}
+    assert f"within {watch.SUCCESSOR_SECONDS:g} seconds" in part
+
+
+def test_the_guest_of_the_demo() -> None:
+    assert set(GuestCost.model_fields) <= names(section("`demo --json FILE`"))
 
 
 def test_the_verbs() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qpostcopy.cli.completing import migrations
 from qpostcopy.errors import ExitCode, QpostcopyError
 
 if TYPE_CHECKING:
@@ -23,23 +24,24 @@ class ControllerSilentError(QpostcopyError):
     """The controller lives and does not answer: it can be asked nothing."""
 
 
-@click.command(name="abort")
-@click.argument("migration", metavar="ID")
+@click.command(name="abort", epilog="Example: qpostcopy abort web1")
+@click.argument("migration", metavar="ID", shell_complete=migrations)
 @click.option("--json", is_flag=True, expose_value=False, help="One JSON object on stdout.")
 @click.pass_obj
 def command(stream: Stream, migration: str) -> int:
     """Cancel a migration and leave the VM at its source.
 
-    Refused after the commit: then the VM is at the destination. If the controller
-    is dead, the migration is rolled back by a new one.
+    ID may be a plan's name: its latest. Refused after the commit: then the VM is at
+    the destination. If the controller is dead, a new one rolls back.
     """
     from qpostcopy.cli.signals import Signals
 
     signals = Signals.install()
+    from qpostcopy.cli.lookup import find
     from qpostcopy.state import StateDirectory
     from qpostcopy.takeover import ControllerState, controller_state
 
-    directory = stream.directory = StateDirectory.find(migration)
+    directory = stream.directory = find(migration)
     if directory.finished:
         raise TooLateError(
             f"{directory.migration_id} has ended already",
@@ -122,5 +124,5 @@ def _conclude(result: Message, stream: Stream) -> int:
     if stream.on:
         stream.say("result", told)
     else:
-        click.echo(f"{stream.migration_id}: {told['status']}; VM at: {told['vm_location']}")
+        stream.out(f"{stream.migration_id}: {told['status']}; VM at: {told['vm_location']}")
     return code

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from qpostcopy.cli.words import tell
 from qpostcopy.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from qpostcopy.config.plan import SidePlan
     from qpostcopy.preflight import Finding
     from qpostcopy.qmp.schema import SideFacts
+    from qpostcopy.report import Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +32,15 @@ class Seen:
     warnings: list[Finding]
 
 
-@click.command(name="check")
+@click.command(name="check", epilog="Example: qpostcopy check web1.yaml")
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--json", is_flag=True, expose_value=False, help="One JSON object on stdout.")
 @click.pass_obj
 def command(stream: Stream, plan: Path) -> int:
-    """Look whether PLAN could be carried out now, and say what is in the way."""
+    """Say what stands in the way of PLAN. Nothing is changed.
+
+    All findings are listed, each with its remedy; then the exit code is 3.
+    """
     return run_check(stream, plan, None, dry_run=False)
 
 
@@ -51,7 +56,7 @@ def run_check(stream: Stream, path: Path, profile: str | None, *, dry_run: bool)
     if stream.on:
         stream.say("result", _result(plan, seen))
     else:
-        _print(plan, seen, dry_run=dry_run)
+        _print(stream, plan, seen, dry_run=dry_run)
     return ExitCode.REFUSED if seen.findings else ExitCode.COMPLETED
 
 
@@ -141,18 +146,19 @@ def _misfit(plan: Plan, source: SideFacts, errors: Sequence[Finding]) -> list[Fi
     return []
 
 
-def _print(plan: Plan, seen: Seen, *, dry_run: bool) -> None:
+def _print(stream: Stream, plan: Plan, seen: Seen, *, dry_run: bool) -> None:
     for finding in (*seen.findings, *seen.warnings):
         kind = "warning: " if finding in seen.warnings else ""
-        click.echo(f"{kind}{finding.side}: {finding.message} [{finding.code}]", err=True)
-        click.echo(f"  remedy: {finding.remedy}", err=True)
+        tell(f"{kind}{finding.side}: {finding.message} [{finding.code}]")
+        tell(f"  remedy: {finding.remedy}")
     if seen.findings:
-        click.echo(f"{plan.name}: cannot be migrated: {len(seen.findings)} finding(s)")
+        place = f"nothing was changed; VM at: {_location(plan, seen.source)}"
+        stream.out(f"{plan.name}: cannot be migrated: {len(seen.findings)} finding(s); {place}")
         return
     assert seen.source is not None, "a side that cannot be reached is a finding"
-    click.echo(f"{plan.name}: ready; {_what(plan, seen.source)}")
+    stream.out(f"{plan.name}: ready; {_what(plan, seen.source)}")
     if dry_run:
-        click.echo("dry run: nothing was changed")
+        stream.out("dry run: nothing was changed")
 
 
 def _what(plan: Plan, source: SideFacts) -> str:
@@ -173,13 +179,21 @@ def _result(plan: Plan, seen: Seen) -> Message:
     return {
         "status": "refused" if seen.findings else "ready",
         "rc": int(ExitCode.REFUSED if seen.findings else ExitCode.COMPLETED),
-        "vm_location": "source",
+        "vm_location": _location(plan, seen.source),
         "profile": plan.profile_name,
         "qemu": {role: facts.qemu_version for role, facts in sides.items() if facts is not None},
         "ram_bytes": sum(block.size_bytes for block in seen.source.blocks) if seen.source else 0,
         "findings": [_told(finding) for finding in seen.findings],
         "warnings": [_told(finding) for finding in seen.warnings],
     }
+
+
+def _location(plan: Plan, source: SideFacts | None) -> Location:
+    from qpostcopy.history import moved_before
+    from qpostcopy.process import Process
+
+    qemu = None if source is None else Process(source.pid, source.pid_start_ticks)
+    return moved_before(str(plan.source.qmp), str(plan.destination.qmp), qemu)
 
 
 def _told(finding: Finding) -> Message:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import click
 
-from qpostcopy.cli.display import PlainDisplay, TerminalDisplay
+from qpostcopy.cli.completing import profiles
+from qpostcopy.cli.display import make_people_display
 from qpostcopy.config import load_profile, shipped_profiles
 from qpostcopy.errors import ExitCode, UsageError
 from qpostcopy.lab.guest import Ready, find_image
@@ -26,8 +26,6 @@ _LEAST_MIB = 128
 _TMPFS = "/dev/shm"
 _PATH = click.Path(path_type=Path)
 _FILE = click.Path(path_type=Path, dir_okay=False)
-
-Display = PlainDisplay | TerminalDisplay
 
 
 @click.command(name="demo")
@@ -45,6 +43,7 @@ Display = PlainDisplay | TerminalDisplay
     default="sequential",
     show_default=True,
     metavar="FILE",
+    shell_complete=profiles,
     help="The page order: a file, or the name of a shipped one.",
 )
 @click.option(
@@ -133,7 +132,7 @@ def _play(setting: Setting, json_file: Path | None) -> int:
 
 
 def _steps(scenario: Scenario, json_file: Path | None) -> int:
-    display: Display = TerminalDisplay() if sys.stderr.isatty() else PlainDisplay()
+    display = make_people_display()
     setting = scenario.setting
     with display:
         size = human_bytes(setting.memory_bytes)

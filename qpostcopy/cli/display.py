@@ -1,4 +1,9 @@
-"""How the messages of a controller are shown: a kept line, plain lines, or JSON."""
+"""How the messages of a controller are shown: a kept line, plain lines, or JSON.
+
+The kept line never wraps, however narrow the terminal is or becomes. There is no
+colour, so NO_COLOR asks for nothing; a terminal that cannot move its cursor
+(TERM=dumb) gets plain lines.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from typing import Protocol, Self
 import click
 
 from qpostcopy.cli.stream import Message, Stream
+from qpostcopy.cli.words import columns, is_terminal, mute, tell
 from qpostcopy.progress import Progress, line
 
 #: Off a terminal: one line in this time.
@@ -48,7 +54,7 @@ class _StreamDisplay:
         pass
 
     def note(self, text: str) -> None:
-        click.echo(text, err=True)
+        tell(text)
 
 
 class JsonDisplay(_StreamDisplay):
@@ -77,17 +83,18 @@ class PlainDisplay(_StreamDisplay):
             self.note(text)
 
 
+#: To the first column, and erase to the end of the line.
+_ERASE = "\r\x1b[K"
+
+
 class TerminalDisplay:
-    """One line that is kept up to date, logs above it. rich honours NO_COLOR."""
+    """One line that is kept up to date, what stays above it."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True, highlight=False)
-        self._status = self._console.status("starting")
+        self._kept: Progress | str = "starting"
 
     def __enter__(self) -> Self:
-        self._status.start()
+        self._draw()
         return self
 
     def __exit__(
@@ -96,35 +103,54 @@ class TerminalDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._status.stop()
+        self._put(_ERASE)
 
     def show(self, message: Message) -> None:
-        text = describe(message)
         if message["type"] == "progress":
-            self._status.update(text)
-        elif text:
-            self._console.print(text, markup=False)
-            if message["type"] == "phase":
-                self._status.update(str(message["phase"]))
+            self._kept = _progress_of(message)
+            self._draw()
+        elif text := describe(message):
+            if "phase" in message:
+                self._kept = str(message["phase"])
+            self.note(text)
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        tell(text, prefix=_ERASE)
+        self._draw()
+
+    def _draw(self) -> None:
+        room = columns(sys.stderr) - 1  # a terminal may wrap after its last column
+        kept = self._kept if isinstance(self._kept, str) else line(self._kept, room)
+        self._put(_ERASE + kept[:room])
+
+    def _put(self, text: str) -> None:
+        try:
+            click.echo(text, err=True, nl=False)
+        except OSError:
+            mute(sys.stderr)
 
 
 def make_display(stream: Stream) -> Display:
     """What suits our stdout and stderr."""
-    if stream.on:
-        return JsonDisplay(stream)
-    return TerminalDisplay() if sys.stderr.isatty() else PlainDisplay()
+    return JsonDisplay(stream) if stream.on else make_people_display()
+
+
+def make_people_display() -> PlainDisplay | TerminalDisplay:
+    """What suits our stderr."""
+    return TerminalDisplay() if is_terminal(sys.stderr) else PlainDisplay()
 
 
 def describe(message: Message) -> str:
     """A message in words; nothing for the result, which is not progress."""
-    if message["type"] == "phase":
+    if message["type"] in ("phase", "status"):
         return f"{message['phase']}: {message['message']}"
     if message["type"] == "log":
         return f"{message['level']}: {message['message']}"
     if message["type"] == "progress":
-        fields = {key: message[key] for key in Progress.model_fields if key in message}
-        return line(Progress.model_validate(fields))
+        return line(_progress_of(message))
     return ""
+
+
+def _progress_of(message: Message) -> Progress:
+    fields = {key: message[key] for key in Progress.model_fields if key in message}
+    return Progress.model_validate(fields)

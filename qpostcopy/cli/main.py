@@ -18,6 +18,7 @@ import click
 
 from qpostcopy import __version__
 from qpostcopy.cli.stream import Stream
+from qpostcopy.cli.words import mute, open_standard_streams, tell
 from qpostcopy.environment import LOG_LEVEL_VARIABLE
 from qpostcopy.errors import ExitCode, QpostcopyError
 
@@ -30,6 +31,7 @@ VERBS = (
     "resume",
     "profile",
     "demo",
+    "completion",
     "page-server",
     "handler",
 )
@@ -80,12 +82,19 @@ def run(arguments: list[str] | None = None) -> int:
     With `--json` it is the result, too, whatever it was.
     """
     stream = _stream(sys.argv[1:] if arguments is None else arguments)
+    code = _run(stream, arguments)
+    if stream.lost is None or isinstance(stream.lost, BrokenPipeError):
+        return code  # whoever reads a part only has what was wanted
+    tell(f"qpostcopy: error: stdout cannot be written: {stream.lost.strerror}")
+    return code or ExitCode.UNEXPECTED
+
+
+def _run(stream: Stream, arguments: list[str] | None) -> int:
     try:
         code = cli.main(arguments, prog_name="qpostcopy", standalone_mode=False, obj=stream)
         return int(code) if isinstance(code, int) else ExitCode.COMPLETED
     except BrokenPipeError:
-        # Nobody reads our output any more; do not complain about that at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mute(sys.stdout)
         return ExitCode.UNEXPECTED
     except click.ClickException as error:
         error.show()
@@ -112,10 +121,8 @@ def _fail(
     stream: Stream, error: Exception, code: ExitCode, message: str, remedy: str | None
 ) -> ExitCode:
     _tell(message, remedy)
-    if (directory := stream.directory) is not None:
-        safe = "not possible" if directory.committed else "safe"
-        advice = "" if directory.finished else f"; abort is {safe}"
-        click.echo(f"  the VM is at: {stream.location}{advice}", err=True)
+    if (place := stream.place) is not None:
+        tell(f"  {place}")
     stream.fail(error, code, message, remedy)
     return code
 
@@ -124,13 +131,14 @@ def _tell(message: str, remedy: str | None) -> None:
     """One error, one line, and its remedy below."""
     if os.environ.get(LOG_LEVEL_VARIABLE) == "debug":
         traceback.print_exc()
-    click.echo(f"qpostcopy: error: {message}", err=True)
+    tell(f"qpostcopy: error: {message}")
     if remedy:
-        click.echo(f"  remedy: {remedy}", err=True)
+        tell(f"  remedy: {remedy}")
 
 
 def entry() -> None:
     """Entry of the console script."""
+    open_standard_streams()
     code = run()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the code is known: nothing changes it any more

@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qpostcopy.cli.completing import profiles
+
 if TYPE_CHECKING:
     from qpostcopy.cli.stream import Stream
 
 
-@click.command(name="migrate")
+@click.command(
+    name="migrate",
+    epilog="\b\nqpostcopy migrate web1.yaml --dry-run\n"
+    "qpostcopy migrate web1.yaml --json > result.jsonl",
+)
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--profile", metavar="FILE", help="A profile in place of the plan's.")
+@click.option(
+    "--profile", metavar="FILE", shell_complete=profiles, help="A profile in place of the plan's."
+)
 @click.option("--dry-run", is_flag=True, help="Check, and say what would be done; change nothing.")
 @click.option("--json", is_flag=True, expose_value=False, help="One JSON object a line on stdout.")
 @click.pass_obj
@@ -23,6 +31,11 @@ def command(stream: Stream, plan: Path, profile: str | None, dry_run: bool) -> i
     The migration runs in processes of its own and goes on if this one ends.
     Ctrl-C cancels it while the VM is at the source, and only warns after that; a
     second one leaves the display.
+
+    \b
+    Exit codes: 0 done, 2 the plan is wrong, 3 refused (nothing was touched),
+    4, 5, 130, 143 back at the source (failed, too late, cancelled),
+    10 interrupted at the destination (resume ID), 11 lost, 1 other.
     """
     if dry_run:
         from qpostcopy.cli.check import run_check

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qpostcopy.cli.completing import migrations
+
 if TYPE_CHECKING:
     from qpostcopy.cli.stream import Stream
 
 
-@click.command(name="resume")
-@click.argument("migration", metavar="ID")
+@click.command(name="resume", epilog="Example: qpostcopy resume web1")
+@click.argument("migration", metavar="ID", shell_complete=migrations)
 @click.option("--json", is_flag=True, expose_value=False, help="One JSON object a line on stdout.")
 @click.pass_obj
 def command(stream: Stream, migration: str) -> int:
-    """Go on with a migration, or roll it back if it was not committed.
+    """Go on with a migration; roll back what was not committed.
 
     ID may be a plan's name: its latest. A migration whose controller works is
     only watched; a controller that does not answer for some seconds is killed and
@@ -26,11 +28,11 @@ def command(stream: Stream, migration: str) -> int:
 
     signals = Signals.install()
     from qpostcopy.cli.display import make_display
+    from qpostcopy.cli.lookup import find
     from qpostcopy.cli.viewer import conclude, result_message, start_and_conclude, watch_living
-    from qpostcopy.state import StateDirectory
     from qpostcopy.takeover import ControllerState, end_silent_controller
 
-    directory = stream.directory = StateDirectory.find(migration)
+    directory = stream.directory = find(migration)
     state = asyncio.run(end_silent_controller(directory))
     signals.cancel_if_any()
     if state is ControllerState.ALIVE:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from qpostcopy.cli.completing import migrations
 from qpostcopy.errors import ExitCode, OutcomeUnknownError, QpostcopyError
 
 if TYPE_CHECKING:
@@ -19,27 +20,38 @@ if TYPE_CHECKING:
 ASK_SECONDS = 2.0
 
 
-@click.command(name="status")
-@click.argument("migration", metavar="[ID]", required=False)
-@click.option("--json", is_flag=True, expose_value=False, help="One JSON object on stdout.")
+@click.command(
+    name="status",
+    epilog="\b\nqpostcopy status\nqpostcopy status web1 --watch\n"
+    "qpostcopy status web1-20261123T101500 --json | jq -r .vm_location",
+)
+@click.argument("migration", metavar="[ID]", required=False, shell_complete=migrations)
+@click.option("--watch", is_flag=True, help="Follow it to its end; Ctrl-C ends only that.")
+@click.option("--json", is_flag=True, expose_value=False, help="One JSON object a line on stdout.")
 @click.pass_obj
-def command(stream: Stream, migration: str | None) -> int:
-    """Tell where a migration is: ID, or a plan's name (its latest), or the latest of all.
+def command(stream: Stream, migration: str | None, watch: bool) -> int:
+    """Tell where a migration is, and whether abort is safe.
 
+    ID may be a plan's name: its latest. Without one it is the latest of all.
     Works after the death of the controller, and while it, or a QEMU, hangs.
     """
-    from qpostcopy.state import StateDirectory
+    if watch:
+        from qpostcopy.cli.watch import watch_to_the_end
 
-    stream.directory = StateDirectory.find(migration)
-    status = asyncio.run(_look(stream.directory))
+        return watch_to_the_end(stream, migration)
+    from qpostcopy.cli.lookup import find
+
+    stream.directory = find(migration)
+    status = asyncio.run(look(stream.directory))
     if stream.on:
         stream.say("status", status)
     else:
-        _print(status)
+        _print(stream, status)
     return ExitCode.COMPLETED
 
 
-async def _look(directory: StateDirectory) -> Message:
+async def look(directory: StateDirectory) -> Message:
+    """All that can be told of a migration now, by whoever can tell it."""
     from qpostcopy.qmp.client import EndpointConnectError
     from qpostcopy.qmp.connection import ConnectionLostError
     from qpostcopy.state import StateDirectory
@@ -48,7 +60,7 @@ async def _look(directory: StateDirectory) -> Message:
     state = await controller_state(directory, ASK_SECONDS)
     if state is ControllerState.ALIVE:
         try:
-            return _from_controller(await _ask_controller(directory))
+            return from_controller(await _ask_controller(directory))
         except (EndpointConnectError, ConnectionLostError):
             state = ControllerState.DEAD  # it has just ended
         except OutcomeUnknownError:
@@ -69,7 +81,8 @@ async def _ask_controller(directory: StateDirectory) -> Status:
         await client.close()
 
 
-def _from_controller(status: Status) -> Message:
+def from_controller(status: Status) -> Message:
+    """A living controller's own word."""
     return status.model_dump(mode="json") | {"controller": "alive"}
 
 
@@ -174,17 +187,17 @@ async def _run_status(directory: StateDirectory, companion: str) -> str:
     return str(reply.get("status")) if isinstance(reply, dict) else "unknown"
 
 
-def _print(status: Message) -> None:
+def _print(stream: Stream, status: Message) -> None:
     from qpostcopy.progress import Progress, line
 
-    click.echo(f"{status['migration_id']}: {status['phase']}; VM at: {status['vm_location']}")
-    click.echo(f"  {status['message']}")
+    stream.out(f"{status['migration_id']}: {status['phase']}; VM at: {status['vm_location']}")
+    stream.out(f"  {status['message']}")
     progress = status.get("progress")
     if isinstance(progress, dict) and progress.get("total_bytes"):
-        click.echo(f"  {line(Progress.model_validate(progress))}")
+        stream.out(f"  {line(Progress.model_validate(progress))}")
     for role in ("source", "destination"):
         side = status.get(role)
         if isinstance(side, dict):
-            click.echo(
+            stream.out(
                 f"  {role}: QEMU {side['qemu']}, {side['status']}; companion {side['companion']}"
             )

@@ -8,11 +8,13 @@ one `result` with where the VM is. docs/json.md describes the objects.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import TYPE_CHECKING
 
 import click
 
+from qpostcopy.cli.words import mute, wrapped
 from qpostcopy.errors import ExitCode, QpostcopyError, StateLostError
 
 if TYPE_CHECKING:
@@ -39,11 +41,13 @@ class Stream:
     :param on: whether `--json` was given; if not, nothing is printed.
     :param starts: the verb only begins a migration: without one the VM is at its source.
     :ivar directory: of the migration, once the verb knows it.
+    :ivar lost: why stdout cannot be written, if it cannot.
     """
 
     def __init__(self, *, on: bool = False, starts: bool = False) -> None:
         self.on = on
         self.directory: StateDirectory | None = None
+        self.lost: OSError | None = None
         self._starts = starts
         self._ended = False
 
@@ -52,7 +56,20 @@ class Stream:
         if not self.on or self._ended:
             return
         self._ended = message["type"] == "result"
-        click.echo(json.dumps(message))
+        self._print(json.dumps(message))
+
+    def out(self, text: str) -> None:
+        """Print words for people."""
+        for line in text.splitlines():
+            self._print(wrapped(line, sys.stdout))
+
+    def _print(self, text: str) -> None:
+        """That nobody reads it any more ends no verb; `lost` tells."""
+        try:
+            click.echo(text)
+        except OSError as error:
+            self.lost = self.lost or error
+            mute(sys.stdout)
 
     def say(self, kind: str, content: Message) -> None:
         """Print one object of our own."""
@@ -80,6 +97,22 @@ class Stream:
         return None if self.directory is None else self.directory.migration_id
 
     @property
+    def place(self) -> str | None:
+        """Where the VM is, and whether abort is safe, in words; None: we do not know of any."""
+        if self.directory is None:
+            return "nothing was touched: the VM is where it was" if self._starts else None
+        from qpostcopy.state import StateDirectory
+
+        text = f"the VM is at: {self.location}"
+        try:
+            directory = StateDirectory.open(self.directory.path)
+        except StateLostError:
+            return text
+        if directory.finished:
+            return text
+        return f"{text}; abort is {'not possible' if directory.committed else 'safe'}"
+
+    @property
     def location(self) -> Location:
         """Where the VM is, as far as can be told without asking anybody."""
         if self.directory is None:
@@ -100,9 +133,10 @@ def place_of(directory: StateDirectory) -> Location:
         directory = StateDirectory.open(directory.path)
     except StateLostError:
         return "unknown"
-    result = directory.read_result()
-    if result is not None and result.get("vm_location") in ("ended", "unknown"):
-        return "ended" if result["vm_location"] == "ended" else "unknown"
+    place = (directory.read_result() or {}).get("vm_location")
+    # One that was refused touched nothing: it says where it found the VM.
+    if place in ("ended", "unknown") or (place == "destination" and directory.refused):
+        return place
     role: Location = "destination" if directory.committed else "source"
     qemu = directory.state.destination.qemu if directory.committed else directory.state.source.qemu
     return role if qemu is None or qemu.alive() else "unknown"

@@ -13,12 +13,12 @@ import asyncio
 import time
 from typing import Any
 
-import click
-
 from qpostcopy.cli.display import Display, make_display
+from qpostcopy.cli.lookup import rival
 from qpostcopy.cli.signals import Name, Signals
 from qpostcopy.cli.starter import ControllerProcess, ControllerStartError
 from qpostcopy.cli.stream import Message, Stream, head
+from qpostcopy.cli.words import tell
 from qpostcopy.errors import InterruptedMigrationError, OutcomeUnknownError, QpostcopyError
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.client import EndpointClient, EndpointConnectError, RemoteError
@@ -188,9 +188,20 @@ def conclude(message: Message, stream: Stream) -> int:
     if not stream.on:
         if result.error is not None:
             for text in error_lines(result.error):
-                click.echo(text, err=True)
-        click.echo(summary(result))
+                tell(text)
+            tell(f"  {stream.place}")
+            if stream.directory is not None:
+                _tell_more(stream.directory)
+        stream.out(summary(result))
     return result.rc
+
+
+def _tell_more(directory: StateDirectory) -> None:
+    """Where to look next, after trouble."""
+    other = rival(directory) if directory.refused else None
+    if other is not None:
+        tell(f"  {other.migration_id} is at work on it: qpostcopy status {other.migration_id}")
+    tell(f"  logs: {directory.path}")
 
 
 def run_controller(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from qpostcopy.cli import check, main
 from qpostcopy.qmp.schema import SideFacts
+from tests.messages import documented
 from tests.qmp.support import private_directory
 from tests.test_preflight import DESTINATION, SOURCE
 
@@ -34,9 +34,8 @@ def facts(monkeypatch: pytest.MonkeyPatch, source: SideFacts, destination: SideF
 
 def run(plan: Path, capsys: pytest.CaptureFixture[str], rc: int) -> dict[str, Any]:
     assert main.run(["check", str(plan), "--json"]) == rc
-    told = json.loads(capsys.readouterr().out)
+    told = documented(capsys.readouterr().out)
     assert (told["type"], told["rc"], told["vm_location"]) == ("result", rc, "source")
-    assert isinstance(told, dict)
     return told
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -108,12 +110,30 @@ def test_help_offers_only_verbs_that_exist(capsys: pytest.CaptureFixture[str]) -
     assert "switch" not in offered
 
 
-def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    verbs = main.cli.list_commands(click.Context(main.cli))
-    assert {"check", "migrate", "status", "abort", "resume"} <= set(verbs)
-    for verb in verbs:
-        assert main.run([verb, "--help"]) == 0
-        assert "Usage: qpostcopy" in capsys.readouterr().out
+def every_verb(group: click.Group, *above: str) -> Iterator[list[str]]:
+    """The words of each verb, those below `profile` too."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        yield [*above, name]
+        below = group.get_command(context, name)
+        if isinstance(below, click.Group):
+            yield from every_verb(below, *above, name)
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_every_verb_has_help_that_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    verbs = list(every_verb(main.cli))
+    assert {"check", "migrate", "status", "abort", "resume"} <= {words[0] for words in verbs}
+    for words in [[], *verbs]:
+        assert main.run([*words, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert "Usage: qpostcopy" in said
+        if columns != "40":
+            assert [line for line in said.splitlines() if len(line) > 80] == []
+            assert re.findall(r"(?m)^  .*\.\.\.$", said) == [], "a summary that is cut off"
 
 
 def test_starting_imports_only_what_the_verb_needs() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -14,11 +13,12 @@ from typing import Any
 import pytest
 
 from qpostcopy import takeover
-from qpostcopy.cli import main, status
+from qpostcopy.cli import main, status, watch
 from qpostcopy.process import Process
 from qpostcopy.report import ResultStatus
 from qpostcopy.state import CONTROL_SOCKET, StateDirectory
 from qpostcopy.takeover import ControllerState
+from tests.messages import documented, documented_stream
 from tests.qmp.support import private_directory
 from tests.test_report import result
 
@@ -64,12 +64,30 @@ def test_status_says_so(
     directory: StateDirectory, silent: Process, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.run(["status", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    told = documented(capsys.readouterr().out)
     assert (told["controller"], told["vm_location"]) == ("silent", "source")
     assert (told["v"], told["type"], told["migration_id"]) == (1, "status", directory.migration_id)
     assert told["ts"] > 0
     assert f"controller (pid {silent.pid}) does not answer" in told["message"]
     assert f"`qpostcopy resume {directory.migration_id}` takes over" in told["message"]
+
+
+def test_watch_says_so_and_gives_up(
+    directory: StateDirectory,
+    silent: Process,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "ASK_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "SUCCESSOR_SECONDS", 0.3)
+    assert main.run(["status", "web1", "--watch", "--json"]) == 1
+    said = capsys.readouterr()
+    told, result = documented_stream(said.out)
+    assert (told["controller"], told["vm_location"]) == ("silent", "source")
+    assert (result["error"]["code"], result["vm_location"]) == ("nobody-at-work", "source")
+    assert f"qpostcopy resume {directory.migration_id}" in result["error"]["remedy"]
+    assert "the VM is at: source; abort is safe" in said.err
+    assert silent.alive()
 
 
 @pytest.mark.parametrize("committed", [False, True])
@@ -83,7 +101,7 @@ def test_abort_names_place_and_remedy(
         directory.update_side("destination", qemu=Process.of(os.getpid()))
         directory.record_commit()
     assert main.run(["abort", "web1", "--json"]) == 1
-    error = json.loads(capsys.readouterr().out)["error"]
+    error = documented(capsys.readouterr().out)["error"]
     assert error["code"] == "controller-silent"
     place = "destination; abort is not possible" if committed else "source; abort is safe"
     assert f"VM at: {place}" in error["message"]
@@ -123,6 +141,6 @@ def test_abort_succeeds_if_the_vm_stays(
     """Whatever sent it back; and a controller that has just ended is no error of its own."""
     ends(monkeypatch, status, location)
     assert main.run(["abort", "web1", "--json"]) == rc
-    told = json.loads(capsys.readouterr().out)
+    told = documented(capsys.readouterr().out)
     assert (told["type"], told["rc"]) == ("result", rc)
     assert (told["status"], told["vm_location"]) == (status, location)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,12 @@ from qpostcopy.errors import (
     UsageError,
 )
 from qpostcopy.process import Process
+from qpostcopy.report import ResultStatus
 from qpostcopy.state import StateDirectory
+from tests.messages import documented_stream
 from tests.test_report import result
 
+PHASE = {"phase": "prepare", "vm_location": "source", "abort_safe": True, "message": ""}
 DEAD = Process(pid=1, start_ticks=987_654_321)
 FAILURES: list[tuple[BaseException, int, str, str]] = [
     (ControllerStartError("it broke", remedy="mend it"), 1, "error", "controller-start"),
@@ -65,16 +67,14 @@ def verb(
     @click.pass_obj
     def command(stream: Stream) -> int:
         stream.directory = directory
-        stream.say("phase", {"phase": "prepare"})
+        stream.say("phase", PHASE)
         raise error
 
     monkeypatch.setattr(f"qpostcopy.cli.{name}.command", command)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert all(message.keys() >= {"v", "type", "ts", "migration_id"} for message in told)
-    return told
+    return documented_stream(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["check", "migrate", "resume", "abort", "status"])
@@ -129,7 +129,7 @@ def test_without_json_stdout_stays_empty(
 
 def test_nothing_follows_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     stream = Stream(on=True)
-    stream.say("result", {"status": "completed"})
+    stream.say("result", {"status": "completed", "rc": 0, "vm_location": "destination"})
     stream.say("log", {})
     stream.fail(ValueError("late"), 1, "late", None)
     (told,) = lines(capsys)
@@ -173,3 +173,12 @@ def test_a_guest_that_ended_is_nowhere(capsys: pytest.CaptureFixture[str]) -> No
     places = [stream.location]
     (directory.path / "state.json").write_text("{")
     assert [*places, stream.location] == ["ended", "unknown"]
+
+
+def test_one_that_was_refused_knows_where_it_found_the_vm() -> None:
+    directory = create()
+    stream = Stream(on=True)
+    stream.directory = directory
+    directory.write_result(result(ResultStatus.REFUSED).to_json())
+    assert stream.location == "destination"
+    assert stream.place == "the VM is at: destination"
