@@ -35,6 +35,7 @@ from qpostcopy.lab.vm import Vm, VmSpec
 from qpostcopy.process import Process
 from qpostcopy.state import StateDirectory
 from qpostcopy.switchover import TEST_SIGNAL_VARIABLE
+from tests.messages import documented_stream
 from tests.vm.setups import PLAIN, Setup
 
 PAGE = 4096
@@ -54,7 +55,7 @@ class Ended:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.splitlines()]
+        return documented_stream(self.out)
 
     @property
     def result(self) -> dict[str, Any]:
@@ -325,6 +326,24 @@ def read_until_phase(process: subprocess.Popen[str], phase: str) -> str:
         if message["type"] == "phase" and message["phase"] == phase:
             return read
     raise AssertionError(f"no phase {phase}: {read}{cast(IO[str], process.stderr).read()}")
+
+
+def read_stderr_until(process: subprocess.Popen[str], text: str) -> None:
+    """Read its words for people up to a line with that text."""
+    for line in cast(IO[str], process.stderr):
+        if text in line:
+            return
+    raise AssertionError(f"it never said: {text}")
+
+
+@contextmanager
+def held_back(scene: Scene) -> Iterator[None]:
+    """A destination that does not answer keeps a migration in prepare."""
+    scene.destination.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        scene.destination.signal(signal.SIGCONT)
 
 
 def finish_after(process: subprocess.Popen[str], read: str) -> Ended:
