@@ -364,7 +364,7 @@ def migration_at(
     """
     wanted = {os.path.realpath(socket) for socket in sockets}
     for other in StateDirectory.all():
-        if before is not None and _age(other.path) >= _age(before.path):
+        if before is not None and _stamp(other.path) >= _stamp(before.path):
             return None
         for side in (other.state.source, other.state.destination):
             there = side.qemu.alive() if side.qemu else other.controller_alive()

@@ -120,7 +120,9 @@ def test_a_second_migration_of_the_same_qemu_is_refused(world: World, tmp_path: 
     first.update_side("source", qemu=Process(pid=1, start_ticks=1))
     run = migrate(start(tmp_path))
     assert run.ended == ("refused", 3, "source")
-    assert first.migration_id in run.result["error"]["message"]
+    (found,) = run.result["error"]["findings"]
+    assert found["code"] == "already-migrating"
+    assert first.migration_id in found["message"]
 
 
 def test_a_destination_that_hangs_while_loading(world: World, tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_the_sources_completed_alone_means_nothing(world: World, tmp_path: Path)
     ("role", "command", "reply"),
     [
         ("source", "query-migrate", {"status": "active"}),
-        ("source", "query-migrate", {"status": "completed", "ram": {"transferred": 5_000_000}}),
+        ("source", "query-migrate", {"status": "completed", "ram": {"total": 5_000_000}}),
         ("source", "query-migrate", {"status": "completed"}),
         ("source", "query-status", {"status": "finish-migrate", "running": False}),
         ("destination", "query-migrate", {"status": "active"}),

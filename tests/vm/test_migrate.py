@@ -187,41 +187,6 @@ def test_check_warns(scene: Scene) -> None:
     assert [w["code"] for w in ended.result["warnings"]] == ["destination-prealloc"]
 
 
-def test_a_destination_that_runs_is_refused(directory: Path, scene: Scene) -> None:
-    """Source and destination swapped by mistake."""
-    text = scene.plan.read_text()
-    swapped = text.replace("source.qmp", "SWAP").replace("destination.qmp", "source.qmp")
-    scene.plan.write_text(swapped.replace("SWAP", "destination.qmp"))
-    ended = scene.migrate()
-    assert ended.ended == ("refused", 3, "source")
-    assert ended.result["error"]["findings"]
-    scene.assert_back()
-    assert scene.run("check", str(scene.plan)).rc == 3
-
-
-def test_an_absent_qemu_is_refused(scene: Scene) -> None:
-    scene.plan.write_text(scene.plan.read_text().replace("destination.qmp", "nowhere.qmp"))
-    ended = scene.migrate()
-    assert ended.ended == ("refused", 3, "source"), scene.logs()
-    assert "nowhere.qmp" in ended.result["error"]["message"]
-    assert ended.result["error"]["remedy"]
-    scene.assert_back()
-
-
-def test_a_monitor_that_is_held_is_refused(scene: Scene) -> None:
-    async def hold() -> Ended:
-        monitor = await Monitor.connect(scene.destination.qmp_path)
-        try:
-            return await asyncio.to_thread(scene.migrate)
-        finally:
-            await monitor.close()
-
-    ended = asyncio.run(hold())
-    assert ended.ended == ("refused", 3, "source"), scene.logs()
-    assert "held by another client" in ended.result["error"]["message"]
-    scene.assert_back()
-
-
 @pytest.mark.slow
 def test_a_second_migration_meanwhile_is_refused(directory: Path) -> None:
     with Scene(directory, push="2MiB/s") as scene:
