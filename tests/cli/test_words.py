@@ -153,6 +153,20 @@ def test_closed_streams_change_no_exit_code(
         assert written.suffix == ".log" or "rolled-back:" not in written.read_text(), written
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"])
+def test_what_is_opened_later_gets_no_standard_number(closed: str) -> None:
+    code = (
+        "import os, sys\n"
+        "from qpostcopy.cli.words import open_standard_streams\n"
+        "open_standard_streams()\n"
+        "print('a'), print('b', file=sys.stderr)\n"
+        "sys.exit(os.open('/', os.O_RDONLY) < 3)\n"
+    )
+    line = f'"$0" -c "$1" {closed}'
+    done = subprocess.run(["bash", "-c", line, sys.executable, code], capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("verb", ["check", "migrate"])
 def test_a_reader_that_leaves_changes_no_exit_code(
     environment: dict[str, str], tmp_path: Path, verb: str
