@@ -25,13 +25,3 @@ def find(name: str | None) -> StateDirectory:
 
 def _note(directory: StateDirectory, what: str) -> None:
     tell(f"note: this is about {directory.migration_id}; {what}")
-
-
-def rival(directory: StateDirectory) -> StateDirectory | None:
-    """Another migration that is at work on the same monitors."""
-    ours = {directory.state.source.qmp, directory.state.destination.qmp}
-    for other in StateDirectory.all():
-        theirs = {other.state.source.qmp, other.state.destination.qmp}
-        if other.path != directory.path and ours & theirs and not other.finished:
-            return other
-    return None

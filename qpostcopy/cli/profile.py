@@ -55,11 +55,11 @@ def _summary(profile: Profile) -> str:
 @click.option("--memory", metavar="SIZE", help="Of the VM, in one RAM block named ram0: 16GiB.")
 @click.option("--blocks", metavar="NAME=SIZE,...", help="Its RAM blocks by guest physical address.")
 def show(profile: str, memory: str | None, blocks: str | None) -> None:
-    """Print what PROFILE (a name or a file) does to a VM's RAM.
+    """Print what PROFILE will do to a VM's RAM.
 
-    A table has what each step adds, a picture when each part of RAM arrives if
-    nothing faults. Without --memory and --blocks, the VM is that of the profile's
-    first trace.
+    PROFILE is a shipped name, or a file. A table has what each step adds, a picture
+    when each part of RAM arrives if nothing faults. Without --memory and --blocks,
+    the VM is that of the profile's first trace.
     """
     from qpostcopy.cli.heatmap import look_at
     from qpostcopy.cli.show import ROWS, cells_in_a_row, make_console

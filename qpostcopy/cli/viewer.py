@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 from qpostcopy.cli.display import Display, make_display
-from qpostcopy.cli.lookup import rival
 from qpostcopy.cli.signals import Name, Signals
 from qpostcopy.cli.starter import ControllerProcess, ControllerStartError
 from qpostcopy.cli.stream import Message, Stream, head
@@ -191,17 +190,9 @@ def conclude(message: Message, stream: Stream) -> int:
                 tell(text)
             tell(f"  {stream.place}")
             if stream.directory is not None:
-                _tell_more(stream.directory)
+                tell(f"  logs: {stream.directory.path}")
         stream.out(summary(result))
     return result.rc
-
-
-def _tell_more(directory: StateDirectory) -> None:
-    """Where to look next, after trouble."""
-    other = rival(directory) if directory.refused else None
-    if other is not None:
-        tell(f"  {other.migration_id} is at work on it: qpostcopy status {other.migration_id}")
-    tell(f"  logs: {directory.path}")
 
 
 def run_controller(

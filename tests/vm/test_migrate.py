@@ -196,7 +196,7 @@ def test_a_second_migration_meanwhile_is_refused(directory: Path) -> None:
         second = scene.run("migrate", str(scene.plan))
         assert second.rc == 3
         assert "refused; the VM is at the destination" in second.out
-        assert f"{read_id(read)} is at work on it" in second.err
+        assert f"qpostcopy status {read_id(read)}" in second.err
         told = scene.run("status", "t")
         assert told.out.startswith(read_id(read))
         assert "VM at: destination" in told.out
