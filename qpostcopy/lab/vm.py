@@ -22,6 +22,7 @@ from typing import Self
 
 from qpostcopy.errors import QpostcopyError
 from qpostcopy.lab.observer import Observer, ObserverError, ObserverTimeoutError
+from qpostcopy.vmas import read_vmas
 
 TMPFS = Path("/dev/shm")
 KERNEL_LINE = "console=ttyS0 quiet panic=-1 tsc=reliable mitigations=off"
@@ -40,7 +41,9 @@ class Backend:
     """One memory backend of guest RAM.
 
     :param mem_path: a directory on tmpfs, a file, or None: a memfd that the Vm
-        makes and keeps (`Vm.ram_fd`), reached as /proc/self/fd/N.
+        makes and keeps, reached as /proc/self/fd/N.
+    :param own_file: `mem_path` is a directory in which each Vm names a file of
+        its own, which goes when it goes.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Backend:
     share: bool = True
     kind: str = "memory-backend-file"
     more: str = ""
+    own_file: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ class Vm:
         self.log_path = directory / f"{name}.log"
         self._memfds: dict[str, int] = {}
         self._boot_fds: dict[Path, int] = {}
+        self._ram_fds: dict[str, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._observer: Observer | None = None
         self._serial: socket.socket | None = None
@@ -131,8 +136,43 @@ class Vm:
         return self._process is not None and self._process.poll() is None
 
     def ram_fd(self, backend_name: str) -> int:
-        """The memfd under a backend that has no `mem_path` (borrowed)."""
-        return self._memfds[backend_name]
+        """The file under a shared backend of any kind (borrowed); QEMU's own, if it made it.
+
+        Asked once while QEMU lives, it can be read after QEMU's end.
+        """
+        if backend_name in self._memfds:
+            return self._memfds[backend_name]
+        if backend_name not in self._ram_fds:
+            backend = next(b for b in self.spec.backends if b.name == backend_name)
+            self._ram_fds[backend_name] = self._open_mapped(backend)
+        return self._ram_fds[backend_name]
+
+    def _open_mapped(self, backend: Backend) -> int:
+        """Through the mapping: its path may be gone, or another file's by now."""
+        named = self._path_in_maps(backend)
+        for vma in read_vmas(self.pid, attributes=False):
+            if vma.path.startswith(named) and vma.length_bytes == backend.size_bytes:
+                return os.open(
+                    f"/proc/{self.pid}/map_files/{vma.start:x}-{vma.end:x}",
+                    os.O_RDWR | os.O_CLOEXEC,
+                )
+        raise VmError(f"QEMU {self.name} maps no file {named}* of {backend.size_bytes} bytes")
+
+    def _path_in_maps(self, backend: Backend) -> str:
+        """What the path of its mapping begins with."""
+        if backend.kind != "memory-backend-file":
+            return "/memfd:"
+        path = self._mem_path(backend)
+        # QEMU makes and unlinks a file of its own in a directory.
+        return f"{path}/qemu_back_mem.{backend.name}." if Path(path).is_dir() else path
+
+    def _mem_path(self, backend: Backend) -> str:
+        if backend.name in self._memfds:
+            return f"/proc/self/fd/{self._memfds[backend.name]}"
+        if backend.own_file and backend.mem_path:
+            name = f"{self.name}-{backend.name}-{self.qmp_path.parent.name}"
+            return str(backend.mem_path / name)
+        return str(backend.mem_path)
 
     # --- life --------------------------------------------------------------------------------
 
@@ -186,14 +226,17 @@ class Vm:
         self.release()
 
     def release(self) -> None:
-        """Give back our sockets and memfds; QEMU, if it runs, runs on."""
+        """Give back our sockets and RAM files; QEMU, if it runs, runs on."""
         for held in (self._observer, self._serial):
             if held:
                 held.close()
-        for fd in self._memfds.values():
-            os.close(fd)
-        self._memfds.clear()
-        for path in (self.observer_path, self.serial_path, self.qmp_path):
+        for fds in (self._memfds, self._ram_fds):
+            for fd in fds.values():
+                os.close(fd)
+            fds.clear()
+        paths = [self.observer_path, self.serial_path, self.qmp_path]
+        paths += [Path(self._mem_path(b)) for b in self.spec.backends if b.own_file]
+        for path in paths:
             if not self.alive:
                 path.unlink(missing_ok=True)
 
@@ -246,10 +289,8 @@ class Vm:
 
     def _backend_argument(self, backend: Backend) -> str:
         argument = f"{backend.kind},id={backend.name},size={backend.size_bytes}b"
-        if backend.name in self._memfds:
-            argument += f",mem-path=/proc/self/fd/{self._memfds[backend.name]}"
-        elif backend.kind == "memory-backend-file":
-            argument += f",mem-path={backend.mem_path}"
+        if backend.kind == "memory-backend-file":
+            argument += f",mem-path={self._mem_path(backend)}"
         argument += f",share={'on' if backend.share else 'off'}"
         return f"{argument},{backend.more}" if backend.more else argument
 

@@ -191,10 +191,18 @@ static uint64_t sum_of_order(void)
     return sum;
 }
 
+static uint64_t at_most(uint64_t pages, uint64_t limit)
+{
+    return pages < limit ? pages : limit;
+}
+
 /* An eighth of memory stays untouched, beside what the kernel needs to breathe. */
 static void plan_memory(void)
 {
-    uint64_t total = meminfo_pages("MemTotal:"), available = meminfo_pages("MemAvailable:");
+    const char *fill_mib = getenv("fill");
+    uint64_t limit = fill_mib ? strtoull(fill_mib, NULL, 10) * ((1 << 20) / PAGE_BYTES) : UINT64_MAX;
+    uint64_t total = at_most(meminfo_pages("MemTotal:"), limit);
+    uint64_t available = at_most(meminfo_pages("MemAvailable:"), limit);
     uint64_t spared = total / 8 + total / 64 + (12u << 20) / PAGE_BYTES;
     if (available <= spared + total / 5)
         die("too little memory");

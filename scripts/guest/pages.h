@@ -45,7 +45,7 @@ struct memory {
 
 extern struct memory memory;
 
-/* Takes nearly all the memory there is and fills it. */
+/* Takes nearly all the memory there is, or of the kernel word fill=MIB, and fills it. */
 void fill_memory(void);
 
 /* Where the page of that rank lies, in our address space. */

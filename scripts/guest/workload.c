@@ -23,7 +23,8 @@
  * it can; absent: the workload's own, lowered to what this guest can hold with
  * half a core to spare), drivers=on (load those of virtio devices first),
  * spare=MIB (memory that had content and is free, see spare.h), freeing=MIB (of that,
- * used and freed again and again).
+ * used and freed again and again),
+ * fill=MIB (work as if there were no more memory than that).
  */
 #define _GNU_SOURCE
 #include <errno.h>

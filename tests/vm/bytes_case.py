@@ -15,8 +15,11 @@ from tests.vm.series import KINDS
 from tests.vm.setups import PLAIN, Setup
 
 
-def write_runs(scene: Scene, seed: int) -> None:
-    """Data, zero pages and holes in runs of very different lengths, over all of RAM."""
+def write_runs(scene: Scene, seed: int, hole_factor: int) -> None:
+    """Data, zero pages and holes in runs of very different lengths, over all of RAM.
+
+    :param hole_factor: how much longer holes are than what is written.
+    """
     chance = random.Random(seed)
     for backend in scene.source.spec.backends:
         fd = scene.source.ram_fd(backend.name)
@@ -30,6 +33,8 @@ def write_runs(scene: Scene, seed: int) -> None:
                     ram.write(chance.randbytes(count * PAGE))
                 elif kind == 1:
                     ram.write(bytes(count * PAGE))
+                else:
+                    count *= hole_factor
                 at += count
 
 
@@ -45,7 +50,7 @@ def move_and_compare(
     with Scene(directory, setup=setup, sizes=sizes, running=False) as scene:
         more = {"profile": profile, "lanes": {"push": push_lanes}}
         scene.plan.write_text(scene.plan.read_text() + yaml.safe_dump(more))
-        write_runs(scene, seed)
+        write_runs(scene, seed, setup.hole_factor)
         result = scene.run_controller_here()
         assert result["status"] == "completed", f"{result}\n{scene.logs()}"
         scene.assert_same_ram(start=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,9 +26,25 @@ def memfds(sizes: tuple[int, ...]) -> tuple[Backend, ...]:
     return tuple(Backend(f"ram{n}", size, mem_path=None) for n, size in enumerate(sizes))
 
 
-def linux() -> Boot:
+def directories(sizes: tuple[int, ...]) -> tuple[Backend, ...]:
+    """mem-path=/dev/shm: QEMU makes a file there and unlinks it."""
+    return tuple(Backend(f"ram{n}", size) for n, size in enumerate(sizes))
+
+
+def files(sizes: tuple[int, ...]) -> tuple[Backend, ...]:
+    """mem-path=/dev/shm/FILE, another one on each side."""
+    return tuple(Backend(f"ram{n}", size, own_file=True) for n, size in enumerate(sizes))
+
+
+def every_kind(sizes: tuple[int, ...]) -> tuple[Backend, ...]:
+    """Of each in turn."""
+    kinds = (memfds, directories, files)
+    return tuple(kinds[n % len(kinds)](sizes)[n] for n in range(len(sizes)))
+
+
+def linux(*words: str) -> Boot:
     """Debian's cloud kernel and our workload, at a rate that any machine holds."""
-    return Boot(*find_image(), words=("workload=service", "rate=500"))
+    return Boot(*find_image(), words=("workload=service", "rate=500", *words))
 
 
 def bare() -> Boot:
@@ -54,6 +71,7 @@ class Setup:
     :ivar boot: makes what the guest boots; called when it is needed.
     :ivar sizes: of the RAM blocks where no guest runs, bytes.
     :ivar guest_sizes: of the RAM blocks of the guest, bytes.
+    :ivar hole_factor: of how much of RAM nothing is written where no guest runs (bytes_case.py).
     """
 
     name: str
@@ -65,6 +83,7 @@ class Setup:
     boot: Callable[[], Boot] = linux
     sizes: tuple[int, ...] = (34 * MIB,)
     guest_sizes: tuple[int, ...] = (160 * MIB,)
+    hole_factor: int = 1
 
     def source(self, sizes: tuple[int, ...], **more: Any) -> VmSpec:
         """The source, its RAM of these sizes. :param more: fields of VmSpec."""
@@ -122,4 +141,29 @@ ROWS: tuple[Setup, ...] = (
     replace(UNPRIVILEGED, name="unprivileged-10.0", suite="trixie", suite_there="trixie"),
     replace(KVM, name="kvm-5.2", suite="bullseye", suite_there="bullseye"),
     replace(KVM, name="kvm-10.0", suite="trixie", suite_there="trixie"),
+    Setup("tmpfs-directory", backends=directories),
+    Setup("tmpfs-file", backends=files),
+    Setup(
+        "memfd-directory-file",
+        backends=every_kind,
+        sizes=(18 * MIB, 10 * MIB, 6 * MIB),
+        guest_sizes=(64 * MIB, 64 * MIB, 32 * MIB),
+    ),
+    # q35 puts what is beyond 96 MiB above 4 GiB: the guest is small, and has RAM on both sides.
+    Setup(
+        "pci-hole",
+        vm=VmSpec((), more=("-machine", "max-ram-below-4g=96M")),
+        # Else Linux sets 64 MiB aside for devices that cannot reach above 4 GiB.
+        boot=partial(linux, "swiotlb=noforce"),
+        sizes=(128 * MIB,),
+        hole_factor=20,
+    ),
+    # By itself it does so from 2.75 GiB on; 2 GiB are below.
+    Setup(
+        "3328-mib",
+        boot=partial(linux, "fill=96"),
+        sizes=(3328 * MIB,),
+        guest_sizes=(3328 * MIB,),
+        hole_factor=500,
+    ),
 )
