@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
@@ -64,6 +64,13 @@ class Verified(NamedTuple):
     corrupt: int
 
 
+class Work(NamedTuple):
+    """How far a device is (scripts/guest/devices.h): operations that came back right, and lost."""
+
+    operations: int
+    lost: int
+
+
 class Guest:
     """Listens to one guest, wherever it runs.
 
@@ -80,6 +87,7 @@ class Guest:
         self._ready: Ready | None = None
         self._verified: list[Verified] = []
         self._rates: list[int] = []
+        self._work: dict[str, Work] = {}
         self._corrupt_lines: list[str] = []
         self._other_lines: deque[str] = deque(maxlen=_OTHER_LINES_KEPT)
         self._selector = selectors.DefaultSelector()
@@ -124,6 +132,12 @@ class Guest:
             return list(self._reports)
 
     @property
+    def work(self) -> dict[str, Work]:
+        """How far each device is, by its name, a copy; empty without the word devices=on."""
+        with self._changed:
+            return dict(self._work)
+
+    @property
     def corrupt_lines(self) -> list[str]:
         """What the guest said of its first corrupt pages."""
         with self._changed:
@@ -138,6 +152,18 @@ class Guest:
     def wait_ready(self, limit_seconds: float) -> Ready:
         """Wait until memory is filled and the workload runs."""
         return self.wait_for(lambda: self._ready, "be ready", limit_seconds)
+
+    def wait_work(self, at_least: Mapping[str, int], limit_seconds: float) -> None:
+        """Wait until each of these devices has done that many operations."""
+
+        def find() -> bool | None:
+            done = {name: work.operations for name, work in self._work.items()}
+            return all(done.get(name, 0) >= least for name, least in at_least.items()) or None
+
+        try:
+            self.wait_for(find, "work its devices", limit_seconds)
+        except GuestError as error:
+            raise GuestError(f"{error}; wanted {dict(at_least)}, got {self.work}") from error
 
     def wait_report_after(
         self, host_s: float, limit_seconds: float, *, port: int | None = None
@@ -258,6 +284,10 @@ class Guest:
                 case "@v":
                     pages, corrupt = map(int, rest.split())
                     self._verified.append(Verified(pages, corrupt))
+                case "@d":
+                    name, *numbers = rest.split()
+                    operations, lost = map(int, numbers)
+                    self._work[name] = Work(operations, lost)
                 case "@rate":
                     self._rates.append(int(rest))
                 case "@c":

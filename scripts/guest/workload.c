@@ -24,7 +24,8 @@
  * half a core to spare), drivers=on (load those of virtio devices first),
  * spare=MIB (memory that had content and is free, see spare.h), freeing=MIB (of that,
  * used and freed again and again),
- * fill=MIB (work as if there were no more memory than that).
+ * devices=on (then work on those devices too, devices.h), fill=MIB (work as if
+ * there were no more memory than that).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -40,6 +41,7 @@
 #include <unistd.h>
 
 #include "console.h"
+#include "devices.h"
 #include "drivers.h"
 #include "pages.h"
 #include "picks.h"
@@ -48,6 +50,7 @@
 enum {
     TICK_US = 2000,          /* requests that fall due within a tick are served together */
     REPORT_US = 20000,
+    DEVICES_EVERY = 5,       /* reports */
     LATE_US = 10000,         /* a request answered later than this is late */
     CALIBRATE_US = 300000,
 };
@@ -117,6 +120,8 @@ static void report(uint64_t now)
         (unsigned long long)now, (unsigned long long)progress.operations,
         (unsigned long long)progress.late_us, (unsigned long long)memory.corrupt);
     progress.next_report_us = now + REPORT_US;
+    if (progress.sequence % DEVICES_EVERY == 0)
+        report_devices();
 }
 
 static void restart_clock(void)
@@ -282,6 +287,7 @@ int main(void)
     if (spare_bytes)
         free_spare();
     choose_rate();
+    start_devices();
     say("@ready %s %u %llu %llu %llu\n", workload->name, progress.rate,
         (unsigned long long)memory.data_pages,
         (unsigned long long)(memory.touched_pages - memory.data_pages),

@@ -37,6 +37,7 @@ from qpostcopy.process import Process
 from qpostcopy.state import StateDirectory
 from qpostcopy.switchover import TEST_SIGNAL_VARIABLE
 from tests.messages import documented_stream
+from tests.vm.devices import Host
 from tests.vm.setups import PLAIN, Setup
 
 PAGE = 4096
@@ -97,6 +98,8 @@ class Scene:
         self.run_directory = directory / "run"
         self.plan = directory / "plan.yaml"
         self._running = running
+        self._host = Host(setup.devices, directory) if setup.devices else None
+        setup = setup.with_more(self._host.arguments if self._host else ())
         self._waiting = setup.destination(sizes)
         self.source = self._vm("source", setup.source(sizes, paused=not running))
         self.destination = self._vm("destination", self._waiting)
@@ -140,6 +143,8 @@ class Scene:
         self.destination.kill()
         for process in self._ours():
             process.kill(5.0)
+        if self._host:
+            self._host.close()
 
     def _ours(self) -> list[Process]:
         found = [Process.of(int(line.split()[0])) for line in processes_naming(self.run_directory)]

@@ -17,6 +17,7 @@ import yaml
 from qpostcopy.lab.guest import Guest
 from qpostcopy.lab.vm import Vm
 from qpostcopy.state import StateDirectory
+from tests.vm.devices import Host, rounds
 from tests.vm.scene import (
     Ended,
     assert_clean,
@@ -35,6 +36,7 @@ PROFILES = ("sequential", "low-memory-first")
 READY_SECONDS = 60.0
 VERIFY_SECONDS = 60.0
 REPORT_SECONDS = 20.0
+ROUND_SECONDS = 60.0
 
 
 class Series:
@@ -43,7 +45,8 @@ class Series:
     def __init__(self, directory: Path, setup: Setup = PLAIN) -> None:
         self.directory = directory
         self.run_directory = directory / "run"
-        self.setup = setup
+        self.host = Host(setup.devices, directory) if setup.devices else None
+        self.setup = setup = setup.with_more(self.host.arguments if self.host else ())
         self.boot = setup.boot()
         spec = setup.source(setup.guest_sizes, boot=self.boot)
         self.here = Vm("vm0", spec, directory).start()
@@ -53,6 +56,7 @@ class Series:
     def __enter__(self) -> Self:
         try:
             self.guest.wait_ready(READY_SECONDS)
+            self.wait_devices()
         except BaseException:
             self.close()
             raise
@@ -65,6 +69,8 @@ class Series:
         self.guest.close()
         for vm in self.made:
             vm.kill()
+        if self.host:
+            self.host.close()
 
     def next_destination(self) -> Vm:
         spec = self.setup.destination(self.setup.guest_sizes, boot=self.boot)
@@ -144,6 +150,17 @@ class Series:
         """It goes on to work, and has met no wrong page."""
         report = self.guest.wait_report_after(time.monotonic(), REPORT_SECONDS)
         assert report.corrupt == 0, self.guest.corrupt_lines
+        self.wait_devices()
+
+    def wait_devices(self) -> None:
+        """Each does a whole round of its work from now on, and nothing that is wrong."""
+        if self.host is None:
+            return
+        work, names = self.guest.work, self.host.devices.names
+        done = {name: work[name].operations if name in work else 0 for name in names}
+        self.guest.wait_work({name: done[name] + rounds(name) for name in names}, ROUND_SECONDS)
+        assert self.guest.reports[-1].corrupt == 0, self.guest.corrupt_lines
+        self.host.assert_right()
 
     def verify(self) -> None:
         verified = self.guest.verify(VERIFY_SECONDS)

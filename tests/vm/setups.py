@@ -17,6 +17,7 @@ import pytest
 from qpostcopy.lab.guest import find_bare_image, find_image
 from qpostcopy.lab.vm import Backend, Boot, VmSpec
 from tests.vm.debian import qemu_of
+from tests.vm.devices import Devices, Disk
 
 MIB = 1 << 20
 
@@ -71,6 +72,7 @@ class Setup:
     :ivar boot: makes what the guest boots; called when it is needed.
     :ivar sizes: of the RAM blocks where no guest runs, bytes.
     :ivar guest_sizes: of the RAM blocks of the guest, bytes.
+    :ivar devices: that the guest works on while it moves (devices.py).
     :ivar hole_factor: of how much of RAM nothing is written where no guest runs (bytes_case.py).
     """
 
@@ -83,7 +85,12 @@ class Setup:
     boot: Callable[[], Boot] = linux
     sizes: tuple[int, ...] = (34 * MIB,)
     guest_sizes: tuple[int, ...] = (160 * MIB,)
+    devices: Devices | None = None
     hole_factor: int = 1
+
+    def with_more(self, arguments: tuple[str, ...]) -> Setup:
+        """The same with more of QEMU's arguments on both sides."""
+        return replace(self, vm=replace(self.vm, more=(*self.vm.more, *arguments)))
 
     def source(self, sizes: tuple[int, ...], **more: Any) -> VmSpec:
         """The source, its RAM of these sizes. :param more: fields of VmSpec."""
@@ -107,6 +114,13 @@ SANDBOX = (
 )
 #: Users without any right or group, to whom nothing of ours belongs; 65534 is `nobody`.
 NOBODY, NOBODY_ELSE = 65534, 65533
+
+
+def with_disks(name: str, *disks: Disk) -> Setup:
+    """A row whose guest works on these disks and on a device of each other kind."""
+    boot = partial(linux, "drivers=on", "devices=on")
+    return Setup(name, boot=boot, devices=Devices(disks))
+
 
 #: What everything else is compared with.
 PLAIN = Setup("plain")
@@ -166,4 +180,13 @@ ROWS: tuple[Setup, ...] = (
         guest_sizes=(3328 * MIB,),
         hole_factor=500,
     ),
+    with_disks("devices-buffered", Disk(), Disk(iothread=True)),
+    with_disks(
+        "devices-direct",
+        Disk("none"),
+        Disk("none", iothread=True),
+        Disk("none", "native"),
+        Disk("none", "native", iothread=True),
+    ),
+    with_disks("devices-io-uring", Disk("none", "io_uring"), Disk("none", "io_uring", True)),
 )
