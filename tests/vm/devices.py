@@ -56,12 +56,13 @@ def rounds(name: str) -> int:
 class Host:
     """The host's side of them. Close it after the QEMUs.
 
+    :ivar disks: where their files are.
     :ivar arguments: of both QEMUs' command lines.
     """
 
     def __init__(self, devices: Devices, directory: Path) -> None:
         self.devices = devices
-        self._disks = Path(tempfile.mkdtemp(prefix="qpc-disks-", dir=DISKS_BELOW))
+        self.disks = Path(tempfile.mkdtemp(prefix="qpc-disks-", dir=DISKS_BELOW))
         self.network = Network(directory / "network.sock")
         self.serial_port = SerialPort(directory / "port.sock")
         self.balloon = Balloon(directory / "balloon.sock")
@@ -78,7 +79,7 @@ class Host:
         )
 
     def _disk(self, number: int, disk: Disk) -> list[str]:
-        path = self._disks / f"{number}.raw"
+        path = self.disks / f"{number}.raw"
         with path.open("wb") as file:
             file.truncate(DISK_BYTES)
         if disk.cache == "none":
@@ -98,7 +99,7 @@ class Host:
 
     def close(self) -> None:
         self._peers.close()
-        shutil.rmtree(self._disks)
+        shutil.rmtree(self.disks)
 
 
 def _need_direct_io(path: Path) -> None:

@@ -78,7 +78,7 @@ class Echo(Listener):
         self.wrong: list[str] = []
         self._last = 0
 
-    def _check(self, message: bytes, *, in_order: bool) -> None:
+    def check(self, message: bytes, *, in_order: bool) -> None:
         """:param in_order: none may be missing, else none may come again."""
         (sequence,) = struct.unpack_from("=Q", message)
         expected = sequence == self._last + 1 if in_order else sequence > self._last
@@ -100,7 +100,7 @@ class SerialPort(Echo):
         self._buffer += part
         while len(self._buffer) >= MESSAGE.size:
             message, self._buffer = self._buffer[: MESSAGE.size], self._buffer[MESSAGE.size :]
-            self._check(message, in_order=True)
+            self.check(message, in_order=True)
             connection.sendall(message)
 
 
@@ -119,12 +119,12 @@ class Network(Echo):
                 break
             frame, buffer = buffer[_LENGTH.size : end], buffer[end:]
             if len(frame) == _HEADERS_BYTES + MESSAGE.size:
-                self._check(frame[_HEADERS_BYTES:], in_order=False)
-                connection.sendall(_LENGTH.pack(len(frame)) + _sent_back(frame))
+                self.check(frame[_HEADERS_BYTES:], in_order=False)
+                connection.sendall(_LENGTH.pack(len(frame)) + sent_back(frame))
         self._buffers[connection] = buffer
 
 
-def _sent_back(frame: bytes) -> bytes:
+def sent_back(frame: bytes) -> bytes:
     """Both ends changed over, on each layer; that changes no checksum."""
     mac, source_mac, kind = frame[:6], frame[6:12], frame[12:14]
     ip, source, target = frame[14:26], frame[26:30], frame[30:34]
