@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from qpostcopy.lab.guest import Guest, GuestError, GuestImageError, Ready, Verified, find_image
+from qpostcopy.lab.guest import (
+    Guest,
+    GuestError,
+    GuestImageError,
+    Ready,
+    Verified,
+    Work,
+    find_image,
+)
 
 
 class Port:
@@ -50,6 +58,17 @@ def test_ready_and_corrupt_lines_are_kept(ports: tuple[Port, Port]) -> None:
         assert guest.corrupt_lines == ["17 generation"]
 
 
+def test_devices_are_waited_for_each_by_itself(ports: tuple[Port, Port]) -> None:
+    with Guest(ports[0].near) as guest:
+        ports[0].far.sendall(b"@d /dev/vda 100 0\n@d network 8 1\n")
+        guest.wait_work({"/dev/vda": 100, "network": 8}, 5)
+        assert guest.work == {"/dev/vda": Work(100, 0), "network": Work(8, 1)}
+        with pytest.raises(GuestError, match=r"wanted.*'network': 9.*operations=8"):
+            guest.wait_work({"/dev/vda": 100, "network": 9}, 0.05)
+        with pytest.raises(GuestError, match="screen"):
+            guest.wait_work({"screen": 1}, 0.05)
+
+
 def test_a_line_may_begin_on_one_port_and_end_on_the_next(ports: tuple[Port, Port]) -> None:
     with Guest(ports[0].near) as guest:
         ports[0].far.sendall(b"@r 1 1000 10 0 0\n@r 2 20")
@@ -71,7 +90,15 @@ def test_the_older_port_is_heard_first(ports: tuple[Port, Port]) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"[ 1.0] Kernel panic", b"@r 1 2 3", b"@r 1 2 x 4 5", b"@v", b"@ready service", b"\xff\xfe"],
+    [
+        b"[ 1.0] Kernel panic",
+        b"@r 1 2 3",
+        b"@r 1 2 x 4 5",
+        b"@v",
+        b"@d",
+        b"@ready service",
+        b"\xff\xfe",
+    ],
 )
 def test_what_is_not_the_workloads_is_kept_apart(ports: tuple[Port, Port], line: bytes) -> None:
     with Guest(ports[0].near) as guest:

@@ -28,6 +28,7 @@ from tests.vm.scene import (
     read_until_phase,
     resumes,
     status,
+    wait_until,
 )
 from tests.vm.setups import PLAIN, Setup
 
@@ -156,9 +157,11 @@ class Series:
         """Each does a whole round of its work from now on, and nothing that is wrong."""
         if self.host is None:
             return
-        work, names = self.guest.work, self.host.devices.names
+        work, names, balloon = self.guest.work, self.host.devices.names, self.host.balloon
+        moves = balloon.moves[-1]
         done = {name: work[name].operations if name in work else 0 for name in names}
         self.guest.wait_work({name: done[name] + rounds(name) for name in names}, ROUND_SECONDS)
+        wait_until(lambda: balloon.moves[-1] > moves, "the balloon moves")
         assert self.guest.reports[-1].corrupt == 0, self.guest.corrupt_lines
         self.host.assert_right()
 
