@@ -9,6 +9,8 @@ guest's side.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 import tempfile
@@ -22,6 +24,7 @@ from tests.vm.peers import Balloon, Network, Peers, SerialPort
 #: Not /tmp, which may be a tmpfs: it cannot do without the page cache before Linux 6.6.
 DISKS_BELOW = Path("/var/tmp")
 DISK_BYTES = 8 << 20
+_IO_URING_SETUP = 425
 #: Operations in which a disk's every extent was read, the screen written whole, ...
 ROUNDS = {"/dev/vd": 128, "screen": 256, "network": 64, "serial-port": 64}
 
@@ -84,6 +87,8 @@ class Host:
             file.truncate(DISK_BYTES)
         if disk.cache == "none":
             _need_direct_io(path)
+        if disk.aio == "io_uring":
+            _need_io_uring()
         drive = f"id=disk{number},if=none,format=raw,file={path},file.locking=on"
         words = ["-drive", f"{drive},cache={disk.cache},aio={disk.aio}"]
         device = f"virtio-blk-pci,drive=disk{number}"
@@ -107,3 +112,11 @@ def _need_direct_io(path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_DIRECT))
     except OSError as error:
         pytest.skip(f"no O_DIRECT in {path.parent}: {error}")
+
+
+def _need_io_uring() -> None:
+    """io_uring_setup(2) without a ring complains of that, unless it may not be called at all."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall(_IO_URING_SETUP, 0, None)
+    if ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
+        pytest.skip("no io_uring: io_uring_setup may not be called")
