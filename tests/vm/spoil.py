@@ -23,6 +23,7 @@ from qpostcopy.core import inject_syscall, uffd_api, uffd_register_missing
 from qpostcopy.lab.vm import Backend, Vm
 from qpostcopy.uffd.attach import obtain
 from qpostcopy.vmas import Vma, read_vmas
+from tests.vm.debian import qemu_of
 from tests.vm.scene import Scene, wait_until
 
 MIB = 1 << 20
@@ -129,6 +130,16 @@ SAME_FILE = Path(f"/dev/shm/qpc-same-{os.getpid()}")
 def same_file(_: Path) -> Iterator[Values]:
     try:
         yield {}
+    finally:
+        SAME_FILE.unlink(missing_ok=True)
+
+
+@contextmanager
+def of_trixie(_: Path, backend: Backend) -> Iterator[Values]:
+    """The destination is QEMU 10.0, with RAM of another kind."""
+    machine = ("-machine", "pc-q35-7.2")
+    try:
+        yield {"qemu": qemu_of("trixie"), "backends": (backend,), "more": machine}
     finally:
         SAME_FILE.unlink(missing_ok=True)
 

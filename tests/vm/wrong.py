@@ -79,6 +79,7 @@ class WrongScene(Scene):
 
 PRIVATE = Backend("ram0", RAM_BYTES, kind="memory-backend-ram", share=False)
 NOT_SHARED = {"backends": (replace(RAM, share=False),)}
+OFFSET = replace(RAM, mem_path=spoil.SAME_FILE, more="offset=65536")
 ON_DISK = {"backends": (replace(RAM, mem_path=Path("/var/tmp")),)}
 #: All of QEMU is locked: with KVM, if there is one, for TCG has a buffer of 1 GiB.
 LOCKED: Values = {"more": ("-overcommit", "mem-lock=on"), "accelerator": "kvm:tcg"}
@@ -124,6 +125,13 @@ ROWS: tuple[Wrong, ...] = (
     Wrong("same-file", ("both same-file",), "destroy the running guest",
           here={"backends": (replace(RAM, mem_path=spoil.SAME_FILE),)}, before=spoil.same_file,
           migrate=True),
+    # QEMU 10.0: it would copy what is no named file
+    Wrong("memfd-of-10.0", ("destination backend-not-skipped",), "memory-backend-memfd",
+          before=lambda path: spoil.of_trixie(path, replace(RAM, kind="memory-backend-memfd"))),
+    Wrong("shm-of-10.0", ("destination backend-not-skipped",), "memory-backend-shm",
+          before=lambda path: spoil.of_trixie(path, replace(RAM, kind="memory-backend-shm"))),
+    Wrong("part-of-a-file", ("destination mapping-incomplete",), "not 0..",
+          before=lambda path: spoil.of_trixie(path, OFFSET)),
     # both sides are to be alike
     Wrong("other-name", ("both blocks-differ",) * 2, "ram0",
           destination={"backends": (RAM1,)}),
