@@ -201,7 +201,7 @@ class Pieces:
 def _joined(starts: Sequence[int], ends: Sequence[int], borders: Set[int]) -> Pieces:
     """The same pages in the same order; what continues its predecessor, but for a border, joined.
 
-    Comprehensions throughout: they are what makes a million faults a second's work.
+    Comprehensions throughout: they are what makes a million faults some seconds' work.
     """
     before, after = chain((-1,), ends), chain(starts[1:], (-1,))
     return Pieces(

@@ -99,7 +99,7 @@ class PageServer(Companion):
             ram = await self._open_ram()
             wanted = (profile, arguments.push_bytes_per_second)
             if self._prepared_for != wanted:
-                # A trace can make this a second's work: not again for each repair.
+                # A trace can make this some seconds' work: not again for each repair.
                 order = await asyncio.to_thread(compile_schedule, profile, ram.blocks)
                 self._prepared_for = None
                 core = self._core_of(profile, arguments.push_bytes_per_second, ram)

@@ -198,7 +198,7 @@ def test_an_error_names_where_the_step_was_written(folder: Path) -> None:
         compiled(profile(step), vm(4))
 
 
-def test_many_faults_in_a_tebibyte_take_a_second(folder: Path) -> None:
+def test_many_faults_in_a_tebibyte_take_seconds(folder: Path) -> None:
     """Not minutes: nothing is done for each page of RAM, and no list is searched for each fault."""
     blocks = vm((1 << 27), (1 << 27))
     chance = random.Random(1)
@@ -206,7 +206,7 @@ def test_many_faults_in_a_tebibyte_take_a_second(folder: Path) -> None:
     steps = profile(pages(0, 1000), traced(folder, faults, blocks), pages(7, 1 << 20))
     began = process_time()
     schedule = compile_schedule(steps, blocks)
-    assert process_time() - began < 5  # a million: 2 s on a quiet machine
+    assert process_time() - began < 5  # a million: 5 s here, all cores shared
     assert sum(schedule.table[2::3]) == 1 << 28
     assert len(schedule) > 1 << 18
 
