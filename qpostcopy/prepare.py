@@ -31,9 +31,10 @@ from qpostcopy.preflight import (
 )
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
+from qpostcopy.registry import migration_at, other_migration_of, registry_lock
 from qpostcopy.report import FindingReport
 from qpostcopy.side import Role
-from qpostcopy.state import StateDirectory, migration_at, other_migration_of, registry_lock
+from qpostcopy.state import StateDirectory
 
 #: What each QEMU's capabilities must be; any other of `_OFF` is switched off.
 _ON: dict[Role, frozenset[str]] = {

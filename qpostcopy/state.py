@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -233,6 +233,10 @@ class StateDirectory:
             with suppress(StateUnreadableError):
                 yield cls.open(path)
 
+    def is_older_than(self, other: StateDirectory) -> bool:
+        """Whether this one began first; of two in one second, by name."""
+        return _stamp(self.path) < _stamp(other.path)
+
     @property
     def refused(self) -> bool:
         """Whether it ended before anything was touched."""
@@ -321,56 +325,6 @@ class StateDirectory:
             yield
         finally:
             os.close(fd)
-
-
-@contextmanager
-def registry_lock() -> Iterator[None]:
-    """Serialize "is this VM already being migrated" between controllers."""
-    fd = os.open(run_directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def other_migration_of(directory: StateDirectory) -> StateDirectory | None:
-    """An unfinished migration, other than this one, that one of our QEMUs is part of."""
-    ours = {directory.state.source.qemu, directory.state.destination.qemu}
-    return migration_of(ours, besides=directory)
-
-
-def migration_of(
-    qemus: Set[Process | None], besides: StateDirectory | None = None
-) -> StateDirectory | None:
-    """An unfinished migration that one of these QEMUs is part of."""
-    for other in StateDirectory.all():
-        theirs = {other.state.source.qemu, other.state.destination.qemu} - {None}
-        is_ours = besides is not None and other.path == besides.path
-        if qemus & theirs and not is_ours and not other.finished:
-            return other
-    return None
-
-
-def migration_at(
-    *sockets: str | Path, before: StateDirectory | None = None
-) -> StateDirectory | None:
-    """An unfinished migration that has the QEMU behind one of these monitors.
-
-    For what comes before a monitor can be had: that migration holds it.
-
-    :param before: only those that began earlier than this one, so that of two that begin at
-        once not both give way.
-    """
-    wanted = {os.path.realpath(socket) for socket in sockets}
-    for other in StateDirectory.all():
-        if before is not None and _stamp(other.path) >= _stamp(before.path):
-            return None
-        for side in (other.state.source, other.state.destination):
-            there = side.qemu.alive() if side.qemu else other.controller_alive()
-            if os.path.realpath(side.qmp) in wanted and there and not other.finished:
-                return other
-    return None
 
 
 def _directories() -> list[Path]:

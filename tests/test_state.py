@@ -13,13 +13,12 @@ import pytest
 
 from qpostcopy.phases import Phase
 from qpostcopy.process import Process
+from qpostcopy.registry import other_migration_of, registry_lock
 from qpostcopy.state import (
     ControllerAliveError,
     StateDirectory,
     StateUnreadableError,
     UnknownMigrationError,
-    other_migration_of,
-    registry_lock,
     write_durably,
 )
 

@@ -87,7 +87,7 @@ async def _look(plan: Plan) -> Seen:
 def _busy(plan: Plan) -> Finding | None:
     """Another migration holds the monitors: they are not waited for."""
     from qpostcopy.preflight import already_migrating
-    from qpostcopy.state import migration_at
+    from qpostcopy.registry import migration_at
 
     other = migration_at(plan.source.qmp, plan.destination.qmp)
     return None if other is None else already_migrating(other.migration_id, other.state.phase)
@@ -97,7 +97,7 @@ def _second(*sides: SideFacts | None) -> Finding | None:
     """Another migration, dead or by another monitor, is not done with one of these QEMUs."""
     from qpostcopy.preflight import already_migrating
     from qpostcopy.process import Process
-    from qpostcopy.state import migration_of
+    from qpostcopy.registry import migration_of
 
     qemus = {Process(pid=s.pid, start_ticks=s.pid_start_ticks) for s in sides if s is not None}
     other = migration_of(qemus)
