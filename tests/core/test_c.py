@@ -25,7 +25,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "sanitizer"), CASES)
+@pytest.mark.parametrize(
+    ("name", "sanitizer"),
+    [
+        pytest.param(name, tool, marks=(pytest.mark.slow,) if tool == "tsan" else ())
+        for name, tool in CASES
+    ],
+)
 def test_c(name: str, sanitizer: str, tmp_path: Path) -> None:
     binary = tmp_path / name
     sources = [str(path) for path in sorted(CORE.glob("*.c")) if path.name != "_core.c"]

@@ -13,10 +13,19 @@ from tests.vm.bytes_case import move_and_compare
 from tests.vm.series import Series
 from tests.vm.setups import ROWS, Setup
 
+#: Those that are played in the quick run, too.
+QUICK = {"plain", "unprivileged-sandbox"}
+
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.root,
-    pytest.mark.parametrize("setup", ROWS, ids=lambda row: row.name),
+    pytest.mark.parametrize(
+        "setup",
+        [
+            pytest.param(row, id=row.name, marks=() if row.name in QUICK else (pytest.mark.slow,))
+            for row in ROWS
+        ],
+    ),
 ]
 
 
