@@ -246,6 +246,19 @@ def migration_of(vm: Vm) -> str | None:
 
 
 @contextmanager
+def other_pid_in_plan(scene: Scene) -> Iterator[None]:
+    """The plan's `pid` is not QEMU's, but of whoever started it, say."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
+        socket_of_source = f"qmp: {scene.source.qmp_path}"
+        text = scene.plan.read_text()
+        scene.plan.write_text(
+            text.replace(socket_of_source, f"{socket_of_source}, pid: {other.pid}")
+        )
+        yield
+        other.communicate()
+
+
+@contextmanager
 def told_where_to_listen(scene: Scene) -> Iterator[None]:
     """`migrate-incoming` was sent to the destination: it waits for QEMU's own migration."""
     uri = f"unix:{scene.directory / 'native'}"
@@ -316,6 +329,13 @@ def without(*rights: str) -> Through:
 def in_user_namespace(_: Path) -> list[str]:
     """Root with every capability, over nothing but its own."""
     return ["unshare", "--user", "--map-root-user", "--"]
+
+
+def without_userfaultfd_device(_: Path) -> list[str]:
+    """/dev/userfaultfd cannot be opened, as in a container that was not given it."""
+    device = "/dev/userfaultfd"
+    closed = f"mount --bind {device} {device} && mount -o remount,bind,nodev {device}"
+    return ["unshare", "-m", "sh", "-c", f'{closed} && exec "$@"', "sh"]
 
 
 def with_little_memory(directory: Path) -> list[str]:

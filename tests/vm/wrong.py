@@ -1,7 +1,9 @@
 """Set-ups that must be refused, a row each; tests/vm/test_wrong.py plays every one.
 
 A row starts two real QEMUs, rightly but for one thing (spoil.py), and says what
-preflight must find, and nothing else.
+preflight must find, and nothing else. Two findings no QEMU of ours can cause, and
+tests/test_preflight.py has them alone: `no-ram-block` (a PC has some RAM) and
+`capability-missing` (5.2 and later know x-ignore-shared).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from qpostcopy.lab.vm import Backend, Vm, VmSpec
 from tests.vm import spoil
 from tests.vm.scene import Scene
+from tests.vm.setups import NOBODY, SANDBOX
 from tests.vm.spoil import MIB, RAM, RAM1, RAM_BYTES, Before, Meanwhile, Through, Values
 
 GOOD = VmSpec((RAM,), paused=True)
@@ -24,7 +27,7 @@ class Wrong:
     """One row.
 
     :ivar found: `SIDE CODE` of every finding.
-    :ivar says: a part of the first one's message: what is wrong, by its name or value.
+    :ivar says: a part of a finding's message: what is wrong, by its name or value.
     :ivar here: fields of both sides' VmSpec; `source` and `destination`: of one side's.
         `{directory}` in a word of `more` is where the sockets are.
     :ivar sockets: of the plan, by role, where they are not the usual ones.
@@ -92,6 +95,10 @@ CRYPTO = (
     *("-chardev", "socket,id=c,path=/nowhere,reconnect=60"),
     *("-object", "cryptodev-vhost-user,id=crypto,chardev=c"),
 )
+HINTING = (
+    *("-object", "iothread,id=io"),
+    *("-device", "virtio-balloon-pci,free-page-hint=on,iothread=io"),
+)
 SECOND_MONITOR = ("-qmp", "unix:{directory}/second.qmp,server=on,wait=off")
 RIGHTS_MISSING = ("source rights-missing", "destination rights-missing")
 
@@ -109,6 +116,8 @@ ROWS: tuple[Wrong, ...] = (
           here={"backends": (PRIVATE,)}),
     Wrong("on-disk-here", ("source ram-not-on-tmpfs",), "/var/tmp", source=ON_DISK),
     Wrong("on-disk-there", ("destination ram-not-on-tmpfs",), "/var/tmp", destination=ON_DISK),
+    Wrong("other-pid", ("source ram-file-not-found",), "no mapping of process",
+          meanwhile=spoil.other_pid_in_plan),
     Wrong("hugetlb", on_both("huge-pages"), "2097152",
           here={"backends": (replace(RAM, kind="memory-backend-memfd", more="hugetlb=on"),)},
           before=spoil.huge_page_pool),
@@ -160,6 +169,8 @@ ROWS: tuple[Wrong, ...] = (
     Wrong("vhost-user-object", on_both("device-outside-qemu"), "cryptodev-vhost-user",
           here={"more": CRYPTO}),
     Wrong("ivshmem", on_both("device-outside-qemu"), "ivshmem-plain", here={"more": IVSHMEM}),
+    Wrong("free-page-hint", ("source free-page-hint",), "virtio-balloon-pci",
+          here={"more": HINTING}),
     # the state that they are in
     Wrong("no-incoming", ("destination destination-not-waiting",), "prelaunch",
           destination={"incoming": False, "paused": True}),
@@ -188,6 +199,10 @@ ROWS: tuple[Wrong, ...] = (
           migrate=True),
     Wrong("user-namespace", on_both("attach-refused"), "Permission denied",
           through=spoil.in_user_namespace, migrate=True),
+    Wrong("no-userfaultfd", ("destination userfaultfd-not-permitted",), f"uid {NOBODY}",
+          here={"user": NOBODY}, through=spoil.without_userfaultfd_device),
+    Wrong("filtered", ("destination filter-in-the-way",), "CAP_SYS_ADMIN",
+          here={"more": SANDBOX}, through=spoil.without("sys_admin")),
     Wrong("small-tmpfs", ("destination tmpfs-too-small",), "4.0 MiB left",
           before=lambda path: spoil.on_tmpfs(path, "size=4m")),
     Wrong("small-cgroup", ("destination memory-limit-too-low",), "memory.",
