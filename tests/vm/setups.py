@@ -37,6 +37,11 @@ def files(sizes: tuple[int, ...]) -> tuple[Backend, ...]:
     return tuple(Backend(f"ram{n}", size, own_file=True) for n, size in enumerate(sizes))
 
 
+def file_and_directory(sizes: tuple[int, ...]) -> tuple[Backend, ...]:
+    """Of each in turn."""
+    return tuple((files, directories)[n % 2](sizes)[n] for n in range(len(sizes)))
+
+
 def every_kind(sizes: tuple[int, ...]) -> tuple[Backend, ...]:
     """Of each in turn."""
     kinds = (memfds, directories, files)
@@ -162,6 +167,15 @@ ROWS: tuple[Setup, ...] = (
         backends=every_kind,
         sizes=(18 * MIB, 10 * MIB, 6 * MIB),
         guest_sizes=(64 * MIB, 64 * MIB, 32 * MIB),
+    ),
+    # From 8.1 on, QEMU itself looks whether RAM is a named file.
+    Setup(
+        "file-directory-10.0",
+        suite="trixie",
+        suite_there="trixie",
+        backends=file_and_directory,
+        sizes=(18 * MIB, 22 * MIB),
+        guest_sizes=(96 * MIB, 64 * MIB),
     ),
     # q35 puts what is beyond 96 MiB above 4 GiB: the guest is small, and has RAM on both sides.
     Setup(
