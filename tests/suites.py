@@ -26,15 +26,20 @@ def suite_of(node_id: str) -> str:
     return parts[1] if len(parts) > 1 else parts[0]
 
 
+def reason_of(skipped: pytest.TestReport) -> str:
+    """Why that test was skipped."""
+    told = skipped.longrepr
+    # A skip's is (file, line, reason).
+    return (told[2] if isinstance(told, tuple) else str(told)).removeprefix("Skipped: ")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI"):
-        # A skip's is (file, line, reason).
-        told = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        reason = told.removeprefix("Skipped: ")
+        reason = reason_of(report)
         if not reason.startswith(MAY_SKIP):
             report.outcome = "failed"
             report.longrepr = f"{item.nodeid}: skipped in CI: {reason}"

@@ -1,15 +1,18 @@
 """A pytest plugin of scripts/test: the table of set-ups (tests/vm/test_setups.py), as it was run.
 
-A row is a set-up, a column what was played in it; a cell is `ok`, `FAILED`, or
-`gone` (a Debian suite that the mirror no longer has).
+A row is a set-up, a column what was played in it; a cell is `ok`, `FAILED`,
+`gone` (a Debian suite that the mirror no longer has), or `skipped` (the machine
+lacks something).
 """
 
 from __future__ import annotations
 
 import pytest
 
+from tests.suites import MAY_SKIP, reason_of
+
 _FILE = "test_setups.py"
-_WORDS = {"passed": "ok", "failed": "FAILED", "skipped": "gone"}
+_WORDS = {"passed": "ok", "failed": "FAILED", "skipped": "skipped"}
 
 _cells: dict[tuple[str, str], str] = {}
 
@@ -27,7 +30,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     cell = cell_of(report.nodeid)
     # A test is as good as the worst of its set-up, its call and its end.
     if cell is not None and _cells.get(cell, "ok") == "ok":
-        _cells[cell] = _WORDS[report.outcome]
+        gone = report.skipped and reason_of(report).startswith(MAY_SKIP)
+        _cells[cell] = "gone" if gone else _WORDS[report.outcome]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -35,7 +39,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     rows = list(dict.fromkeys(row for row, _ in _cells))
     columns = list(dict.fromkeys(column for _, column in _cells))
-    widths = [max(map(len, rows)), *(max(len(column), len("FAILED")) for column in columns)]
+    widths = [max(map(len, rows)), *(max(len(column), len("skipped")) for column in columns)]
     lines = [["", *columns]]
     lines += [[row, *(_cells.get((row, column), "-") for column in columns)] for row in rows]
     terminalreporter.section("set-ups")
