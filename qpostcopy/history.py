@@ -1,14 +1,19 @@
 """What earlier migrations of this host tell about a VM that a migration did not touch.
 
 A plan says where its VM should be; after an earlier migration it is no longer
-there. Guarantee: `source` is never said of a VM that is known to have left it.
+there, and after two not even where the first one took it. Guarantees: `source` is
+never said of a VM that is known to have left it, nor `destination` of one that is
+known to have left that.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+
 from qpostcopy.process import Process
 from qpostcopy.report import Location
-from qpostcopy.state import StateDirectory
+from qpostcopy.state import SideState, StateDirectory
 
 
 def moved_before(source_qmp: str, destination_qmp: str, source_qemu: Process | None) -> Location:
@@ -17,15 +22,31 @@ def moved_before(source_qmp: str, destination_qmp: str, source_qemu: Process | N
     :param source_qemu: who listens at `source_qmp` now, if that is known: one that was
         started since is a source like any other.
     """
-    for other in reversed(list(StateDirectory.all())):
-        ends = other.state.source, other.state.destination
-        if not other.committed or source_qmp not in (side.qmp for side in ends):
+
+    def is_source(side: SideState) -> bool:
+        return _is_at(side, source_qmp) if source_qemu is None else side.qemu == source_qemu
+
+    committed = [other.state for other in StateDirectory.all() if other.committed]
+    for index, state in reversed(list(enumerate(committed))):
+        if not is_source(state.source) and not is_source(state.destination):
             continue
-        left, there = ends
-        if there.qmp == source_qmp:
-            return "source"  # that one brought it here
-        if source_qemu is not None and source_qemu != left.qemu:
-            return "source"
+        later = ((other.source, other.destination) for other in committed[index + 1 :])
+        there = _moved_on(state.destination, later)
+        if is_source(there):
+            return "source"  # it was brought here
         alive = there.qemu is not None and there.qemu.alive()
-        return "destination" if alive and there.qmp == destination_qmp else "unknown"
+        return "destination" if alive and _is_at(there, destination_qmp) else "unknown"
     return "source"
+
+
+def _moved_on(there: SideState, later: Iterable[tuple[SideState, SideState]]) -> SideState:
+    """Where a VM that came to `there` is after all these, oldest first."""
+    for source, destination in later:
+        if source.qemu == there.qemu:
+            there = destination
+    return there
+
+
+def _is_at(side: SideState, qmp: str) -> bool:
+    """By the socket, whichever way it is written."""
+    return os.path.realpath(side.qmp) == os.path.realpath(qmp)
