@@ -18,10 +18,11 @@ from qpostcopy.cli.status import ASK_SECONDS, from_controller, look
 from qpostcopy.cli.stream import Message, Stream, head
 from qpostcopy.cli.viewer import conclude, result_message
 from qpostcopy.cli.words import tell
-from qpostcopy.errors import ExitCode, QpostcopyError
+from qpostcopy.errors import ExitCode, OutcomeUnknownError, QpostcopyError
 from qpostcopy.qmp import schema
-from qpostcopy.qmp.client import EndpointClient
-from qpostcopy.qmp.events import EventTimeoutError, Subscription
+from qpostcopy.qmp.client import EndpointClient, EndpointConnectError
+from qpostcopy.qmp.connection import ConnectionLostError
+from qpostcopy.qmp.events import EventsOverflowError, EventTimeoutError, Subscription
 from qpostcopy.state import CONTROL_SOCKET, StateDirectory
 from qpostcopy.takeover import ControllerState, controller_state
 
@@ -30,6 +31,8 @@ SUCCESSOR_SECONDS = 15.0
 #: A controller that sends nothing for so long is asked for a word.
 QUIET_SECONDS = 5.0
 _LOOK_SECONDS = 0.2
+#: What another connection may mend, or another controller.
+_LOST = (ConnectionLostError, OutcomeUnknownError, EventsOverflowError)
 
 
 class NobodyAtWorkError(QpostcopyError):
@@ -40,6 +43,7 @@ def watch_to_the_end(stream: Stream, migration: str | None) -> int:
     """Follow a migration: 0 once its end was told, however it ended.
 
     :raise NobodyAtWorkError: it has not ended, and nobody works on it.
+    :raise QpostcopyError: its controller does not do as it should.
     """
     signals = Signals.install()
     stream.directory = find(migration)
@@ -84,6 +88,7 @@ class _Watcher:
         """The migration's result; None: a signal came, or nobody reads stdout any more.
 
         :raise NobodyAtWorkError: see there.
+        :raise QpostcopyError: there is a controller, and it does not do as it should.
         """
         loop = asyncio.get_running_loop()
         signalled: asyncio.Future[None] = loop.create_future()
@@ -144,10 +149,14 @@ class _Watcher:
         )
 
     async def _follow(self) -> Message | None:
-        """Show what a living controller sends, to its result; None: it is lost, or says nothing."""
+        """Show what a living controller sends, to its result; None: it is lost, or says nothing.
+
+        :raise QpostcopyError: it refuses, or answers what nobody understands: asking again would
+            not end.
+        """
         try:
             client = await EndpointClient.connect(self._path / CONTROL_SOCKET, ASK_SECONDS)
-        except QpostcopyError:
+        except EndpointConnectError:
             return None
         try:
             with client.subscribe("QPC_MESSAGE") as messages:
@@ -156,13 +165,13 @@ class _Watcher:
                 if status.result is not None:  # it was sent before we listened
                     return result_message(status.migration_id, status.result)
                 return await self._show_all(client, messages)
-        except QpostcopyError:
+        except _LOST:
             return None
         finally:
             await client.close()
 
     async def _show_all(self, client: EndpointClient, messages: Subscription) -> Message | None:
-        """:raise QpostcopyError: the controller ended, or left a question unanswered."""
+        """:raise QpostcopyError: the controller ended, or does not answer as it should."""
         while self._stream.lost is None:
             try:
                 event = await messages.get(QUIET_SECONDS)

@@ -16,9 +16,11 @@ from qpostcopy.cli import main, watch
 from qpostcopy.cli.display import JsonDisplay
 from qpostcopy.cli.signals import Signals
 from qpostcopy.cli.stream import Stream
+from qpostcopy.errors import QpostcopyError
 from qpostcopy.process import Process
 from qpostcopy.progress import Progress
 from qpostcopy.qmp import schema
+from qpostcopy.qmp.client import RemoteError
 from qpostcopy.state import StateDirectory
 from tests.cli.test_signals import Controlled, in_a_loop
 from tests.messages import documented, documented_stream
@@ -149,6 +151,30 @@ def test_a_controller_that_falls_silent_is_told(
     body()
     told = documented_stream(capsys.readouterr().out)
     assert [message["controller"] for message in told] == ["alive", "silent"]
+
+
+def test_a_controller_that_refuses_is_told(
+    directory: StateDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It greets, so another one will not come: asking again and again would tell nobody."""
+
+    @in_a_loop
+    async def body() -> None:
+        played = Played(directory)
+
+        async def status(_: schema.Empty) -> schema.Status:
+            raise QpostcopyError("not to you")
+
+        monkeypatch.setattr(played, "qpc_status", status)
+        await played.endpoint.listen()
+        try:
+            _, task = watching(directory)
+            with pytest.raises(RemoteError, match="not to you"):
+                await ends(task)
+        finally:
+            await played.endpoint.close()
+
+    body()
 
 
 @pytest.mark.parametrize(("number", "rc"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
