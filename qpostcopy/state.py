@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -166,7 +167,10 @@ class StateDirectory:
         source_qmp: Path,
         destination_qmp: Path,
     ) -> StateDirectory:
-        """A new directory (0700) with a new ID, plan.yaml and state.json in it."""
+        """A new directory (0700) with a new ID, plan.yaml and state.json in it.
+
+        :raise RunDirectoryError: it cannot be made there.
+        """
         path = _make_directory(plan_name)
         state = MigrationState(
             migration_id=path.name,
@@ -178,9 +182,24 @@ class StateDirectory:
             token=os.urandom(32).hex(),
         )
         directory = cls(path, state)
-        write_durably(path / "plan.yaml", plan_text)
-        write_durably(directory._state_file, state.model_dump_json(indent=1))
+        with directory.whole_or_gone():
+            write_durably(path / "plan.yaml", plan_text)
+            write_durably(directory._state_file, state.model_dump_json(indent=1))
         return directory
+
+    @contextmanager
+    def whole_or_gone(self) -> Iterator[None]:
+        """Write what a new directory needs: if that fails, nothing of the directory stays.
+
+        :raise RunDirectoryError: it cannot be written.
+        """
+        try:
+            yield
+        except BaseException as error:
+            shutil.rmtree(self.path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise _unusable(error) from error
+            raise
 
     @classmethod
     def open(cls, path: Path) -> StateDirectory:

@@ -53,8 +53,9 @@ def _migrate(stream: Stream, path: Path, profile: str | None) -> int:
     from qpostcopy.state import StateDirectory, write_durably
 
     plan = load_plan(path, profile=profile)
+    traces = plan.read_traces()
     signals.cancel_if_any()
-    stream.directory = StateDirectory.create(
+    directory = StateDirectory.create(
         plan.name,
         plan_text=plan.to_yaml(),
         profile=plan.profile_name,
@@ -62,7 +63,9 @@ def _migrate(stream: Stream, path: Path, profile: str | None) -> int:
         destination_qmp=plan.destination.qmp,
     )
     # What the traces say is kept with the plan: `resume` must not miss a file of the operator's.
-    kept = plan.with_traces_in(stream.directory.path)
-    if kept != plan:
-        write_durably(stream.directory.path / "plan.yaml", kept.to_yaml())
-    return start_and_conclude(stream.directory, stream, signals, resume=False)
+    if traces:
+        with directory.whole_or_gone():
+            kept = plan.with_traces_in(directory.path, traces)
+            write_durably(directory.path / "plan.yaml", kept.to_yaml())
+    stream.directory = directory
+    return start_and_conclude(directory, stream, signals, resume=False)

@@ -45,6 +45,7 @@ from qpostcopy.config.profile import (
     find_profile,
     keep_traces,
     load_profile,
+    read_traces,
     trace_problems,
     with_traces_found,
 )
@@ -175,12 +176,16 @@ class Plan(Model):
             raise finding(text, remedy="write auto", at="pid")
         return destination
 
-    def with_traces_in(self, folder: Path) -> Self:
-        """This plan with copies of the traces that its profile names, in `folder`.
+    def read_traces(self) -> dict[int, bytes]:
+        """What the traces say that its profile names, by the index of their steps.
 
         :raise TraceError: one of them cannot be had any more.
         """
-        return self.model_copy(update={"profile": keep_traces(self.profile, folder)})
+        return read_traces(self.profile)
+
+    def with_traces_in(self, folder: Path, traces: Mapping[int, bytes]) -> Self:
+        """This plan with copies of those traces, in `folder`, in place of what it names."""
+        return self.model_copy(update={"profile": keep_traces(self.profile, traces, folder)})
 
     def to_yaml(self) -> str:
         """The plan with nothing left to default or to look up; loads as an equal plan."""

@@ -260,18 +260,25 @@ def _beside(document: Document, file: str | Path) -> Path:
     return (Path(document.file).parent / file).absolute()
 
 
-def keep_traces(profile: Profile, folder: Path) -> Profile:
-    """The profile with copies of its traces, in `folder`, in place of what it names.
+def read_traces(profile: Profile) -> dict[int, bytes]:
+    """What the traces say that a profile names, by the index of their steps.
 
     :raise TraceError: one of them cannot be had any more.
     """
-    steps: list[Step] = []
-    for index, step in enumerate(profile.push):
-        if isinstance(step, TraceStep):
-            copy = folder / f"push-{index}.trace"
-            copy.write_bytes(encode(read_trace(step.file)))
-            step = step.model_copy(update={"file": copy})
-        steps.append(step)
+    return {
+        index: encode(read_trace(step.file))
+        for index, step in enumerate(profile.push)
+        if isinstance(step, TraceStep)
+    }
+
+
+def keep_traces(profile: Profile, traces: Mapping[int, bytes], folder: Path) -> Profile:
+    """The profile with copies of its traces, in `folder`, in place of what it names."""
+    steps: list[Step] = list(profile.push)
+    for index, content in traces.items():
+        copy = folder / f"push-{index}.trace"
+        copy.write_bytes(content)
+        steps[index] = steps[index].model_copy(update={"file": copy})
     return profile.model_copy(update={"push": tuple(steps)})
 
 

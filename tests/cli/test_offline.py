@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from qpostcopy.phases import Phase
 from qpostcopy.process import Process
 from qpostcopy.report import ResultStatus
 from qpostcopy.state import StateDirectory
+from tests.config.test_profile import write_trace
 from tests.messages import documented, documented_stream
 from tests.test_report import result
 
@@ -243,6 +245,31 @@ def test_a_run_directory_that_cannot_be(
     assert str(tmp_path / where) in told["error"]["message"]
     assert "QPOSTCOPY_RUN_DIR" in told["error"]["remedy"]
     assert "nothing was touched" in said.err
+
+
+@pytest.mark.parametrize("failing", ["plan.yaml", "push-0.trace"])
+def test_a_migration_that_cannot_be_written_down_leaves_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+) -> None:
+    """A directory without a controller and a result would be taken for the plan's latest."""
+    write_trace(tmp_path / "web.trace")
+    profile = "profile:\n  name: p\n  push:\n    - trace: {file: web.trace}\n"
+    (tmp_path / "plan.yaml").write_text(PLAN + profile)
+
+    def full(path: Path, _: object) -> None:
+        if path.name == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("qpostcopy.state.write_durably", full)
+    assert main.run(["migrate", str(tmp_path / "plan.yaml"), "--json"]) == 3
+    told = documented(capsys.readouterr().out)
+    assert (told["error"]["code"], told["migration_id"]) == ("run-directory", None)
+    assert "No space left on device" in told["error"]["message"]
+    assert StateDirectory.known() == []
 
 
 @pytest.mark.root

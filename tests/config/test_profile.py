@@ -85,7 +85,7 @@ def test_a_plan_keeps_what_its_traces_say(tmp_path: Path) -> None:
     plan = load_plan(path)
     place = f"{path}:8: profile.push[0].trace.file"
     assert plan.profile.push == (TraceStep(file=trace, named_in=place),)
-    kept = plan.with_traces_in(state)
+    kept = plan.with_traces_in(state, plan.read_traces())
     content = trace.read_bytes()
     trace.unlink()
     (state / "plan.yaml").write_text(kept.to_yaml())
