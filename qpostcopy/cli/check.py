@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from qpostcopy.config import Plan
     from qpostcopy.config.plan import SidePlan
     from qpostcopy.preflight import Finding
+    from qpostcopy.process import Process
     from qpostcopy.qmp.schema import SideFacts
-    from qpostcopy.report import Location
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +51,16 @@ def run_check(stream: Stream, path: Path, profile: str | None, *, dry_run: bool)
     """
     from qpostcopy.config import load_plan
 
-    plan = load_plan(path, profile=profile)
-    seen = asyncio.run(_look(plan))
+    plan = stream.plan = load_plan(path, profile=profile)
+    seen = asyncio.run(_look(plan, stream))
     if stream.on:
-        stream.say("result", _result(plan, seen))
+        stream.say("result", _result(stream, plan, seen))
     else:
         _print(stream, plan, seen, dry_run=dry_run)
     return ExitCode.REFUSED if seen.findings else ExitCode.COMPLETED
 
 
-async def _look(plan: Plan) -> Seen:
+async def _look(plan: Plan, stream: Stream) -> Seen:
     from qpostcopy.preflight import examine, examine_side, is_error
 
     if (busy := _busy(plan)) is not None:
@@ -69,6 +69,8 @@ async def _look(plan: Plan) -> Seen:
         _facts("source", plan.source), _facts("destination", plan.destination)
     )
     source, destination = (facts for facts, _ in looked)
+    if source is not None:
+        stream.source_qemu = _process(source)
     found = [finding for _, finding in looked if finding is not None]
     if (second := _second(source, destination)) is not None:
         return Seen(source, destination, [second], [])
@@ -96,12 +98,16 @@ def _busy(plan: Plan) -> Finding | None:
 def _second(*sides: SideFacts | None) -> Finding | None:
     """Another migration, dead or by another monitor, is not done with one of these QEMUs."""
     from qpostcopy.preflight import already_migrating
-    from qpostcopy.process import Process
     from qpostcopy.registry import migration_of
 
-    qemus = {Process(pid=s.pid, start_ticks=s.pid_start_ticks) for s in sides if s is not None}
-    other = migration_of(qemus)
+    other = migration_of({_process(side) for side in sides if side is not None})
     return None if other is None else already_migrating(other.migration_id, other.state.phase)
+
+
+def _process(side: SideFacts) -> Process:
+    from qpostcopy.process import Process
+
+    return Process(pid=side.pid, start_ticks=side.pid_start_ticks)
 
 
 async def _facts(
@@ -152,7 +158,7 @@ def _print(stream: Stream, plan: Plan, seen: Seen, *, dry_run: bool) -> None:
         tell(f"{kind}{finding.side}: {finding.message} [{finding.code}]")
         tell(f"  remedy: {finding.remedy}")
     if seen.findings:
-        place = f"nothing was changed; VM at: {_location(plan, seen.source)}"
+        place = f"nothing was changed; VM at: {stream.location}"
         stream.out(f"{plan.name}: cannot be migrated: {len(seen.findings)} finding(s); {place}")
         return
     assert seen.source is not None, "a side that cannot be reached is a finding"
@@ -174,26 +180,18 @@ def _what(plan: Plan, source: SideFacts) -> str:
     )
 
 
-def _result(plan: Plan, seen: Seen) -> Message:
+def _result(stream: Stream, plan: Plan, seen: Seen) -> Message:
     sides = {"source": seen.source, "destination": seen.destination}
     return {
         "status": "refused" if seen.findings else "ready",
         "rc": int(ExitCode.REFUSED if seen.findings else ExitCode.COMPLETED),
-        "vm_location": _location(plan, seen.source),
+        "vm_location": stream.location,
         "profile": plan.profile_name,
         "qemu": {role: facts.qemu_version for role, facts in sides.items() if facts is not None},
         "ram_bytes": sum(block.size_bytes for block in seen.source.blocks) if seen.source else 0,
         "findings": [_told(finding) for finding in seen.findings],
         "warnings": [_told(finding) for finding in seen.warnings],
     }
-
-
-def _location(plan: Plan, source: SideFacts | None) -> Location:
-    from qpostcopy.history import moved_before
-    from qpostcopy.process import Process
-
-    qemu = None if source is None else Process(source.pid, source.pid_start_ticks)
-    return moved_before(str(plan.source.qmp), str(plan.destination.qmp), qemu)
 
 
 def _told(finding: Finding) -> Message:

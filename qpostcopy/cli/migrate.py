@@ -52,7 +52,7 @@ def _migrate(stream: Stream, path: Path, profile: str | None) -> int:
     from qpostcopy.config import load_plan
     from qpostcopy.state import StateDirectory, write_durably
 
-    plan = load_plan(path, profile=profile)
+    plan = stream.plan = load_plan(path, profile=profile)
     traces = plan.read_traces()
     signals.cancel_if_any()
     directory = StateDirectory.create(

@@ -18,6 +18,8 @@ from qpostcopy.cli.words import mute, wrapped
 from qpostcopy.errors import ExitCode, QpostcopyError, StateLostError
 
 if TYPE_CHECKING:
+    from qpostcopy.config import Plan
+    from qpostcopy.process import Process
     from qpostcopy.report import Location
     from qpostcopy.state import StateDirectory
 
@@ -39,14 +41,18 @@ class Stream:
     """The stdout of one command.
 
     :param on: whether `--json` was given; if not, nothing is printed.
-    :param starts: the verb only begins a migration: without one the VM is at its source.
+    :param starts: the verb only begins a migration: without one nothing was touched.
     :ivar directory: of the migration, once the verb knows it.
+    :ivar plan: of a verb that begins one, once it was read.
+    :ivar source_qemu: the one that listens at the plan's source, once that is known.
     :ivar lost: why stdout cannot be written, if it cannot.
     """
 
     def __init__(self, *, on: bool = False, starts: bool = False) -> None:
         self.on = on
         self.directory: StateDirectory | None = None
+        self.plan: Plan | None = None
+        self.source_qemu: Process | None = None
         self.lost: OSError | None = None
         self._starts = starts
         self._ended = False
@@ -115,14 +121,25 @@ class Stream:
     @property
     def location(self) -> Location:
         """Where the VM is, as far as can be told without asking anybody."""
-        if self.directory is None:
-            return "source" if self._starts else "unknown"
-        return place_of(self.directory)
+        if self.directory is not None:
+            return place_of(self.directory)
+        return "unknown" if self.plan is None else place_before(self.plan, self.source_qemu)
 
 
 def head(kind: str, migration_id: str | None) -> Message:
     """What every object begins with."""
     return {"v": 1, "type": kind, "ts": round(time.time(), 6), "migration_id": migration_id}
+
+
+def place_before(plan: Plan, source_qemu: Process | None) -> Location:
+    """Where earlier migrations left a VM; `unknown` if what they wrote cannot be looked at."""
+    from qpostcopy.history import moved_before
+    from qpostcopy.state import RunDirectoryError
+
+    try:
+        return moved_before(str(plan.source.qmp), str(plan.destination.qmp), source_qemu)
+    except RunDirectoryError:
+        return "unknown"
 
 
 def place_of(directory: StateDirectory) -> Location:

@@ -231,17 +231,25 @@ def test_a_run_directory_that_is_not_there(
     assert f"no migration 'web1' in {tmp_path}/run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nowhere"])
+@pytest.mark.parametrize(
+    ("where", "place"),
+    [("file", "unknown"), ("file/below", "unknown"), ("/proc/nowhere", "source")],
+)
 def test_a_run_directory_that_cannot_be(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    place: str,
 ) -> None:
+    """What cannot be looked at may know of a migration that took the VM elsewhere."""
     (tmp_path / "file").write_text("")
     (tmp_path / "plan.yaml").write_text(PLAN)
     monkeypatch.setenv("QPOSTCOPY_RUN_DIR", str(tmp_path / where))
     assert main.run(["migrate", str(tmp_path / "plan.yaml"), "--json"]) == 3
     said = capsys.readouterr()
     told = documented(said.out)
-    assert (told["error"]["code"], told["vm_location"]) == ("run-directory", "source")
+    assert (told["error"]["code"], told["vm_location"]) == ("run-directory", place)
     assert str(tmp_path / where) in told["error"]["message"]
     assert "QPOSTCOPY_RUN_DIR" in told["error"]["remedy"]
     assert "nothing was touched" in said.err

@@ -13,6 +13,7 @@ from qpostcopy.cli.signals import InterruptedEarlyError
 from qpostcopy.cli.starter import ControllerStartError
 from qpostcopy.cli.stream import Stream
 from qpostcopy.cli.viewer import ControllerLostError, DisplayLeftAfterCommitError
+from qpostcopy.config import load_plan
 from qpostcopy.errors import (
     RefusedError,
     RolledBackError,
@@ -95,7 +96,28 @@ def test_every_failure_is_one_result(
     assert (told["status"], told["rc"]) == (status, rc)
     expected = {"code": code, "message": "it broke", "remedy": "mend it", "findings": []}
     assert told["error"] == expected
-    assert told["vm_location"] == ("source" if name in ("check", "migrate") else "unknown")
+    assert told["vm_location"] == "unknown"
+
+
+@pytest.mark.parametrize("name", ["check", "migrate"])
+def test_a_wrong_plan_does_not_tell_where_its_vm_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    """Earlier migrations do, once it is known which VM it is about."""
+    moved = create()
+    moved.update_side("source", qemu=DEAD)
+    moved.update_side("destination", qemu=Process.of(1))
+    moved.record_commit()
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("version: 1\nsource: {qmp: /run/a.qmp}\n")
+    assert main.run([name, str(plan), "--json"]) == 2
+    assert lines(capsys)[-1]["vm_location"] == "unknown"
+    stream = Stream(starts=True)
+    for destination, place in (("b", "destination"), ("c", "unknown")):
+        ends = f"source: {{qmp: /run/a.qmp}}\ndestination: {{qmp: /run/{destination}.qmp}}\n"
+        plan.write_text(f"version: 1\nname: web1\n{ends}")
+        stream.plan = load_plan(plan)
+        assert stream.location == place
 
 
 def test_our_own_bug_is_a_result(

@@ -159,7 +159,7 @@ class Row:
 ROWS = (
     Row(0, complete, "completed", "destination", is_there),
     Row(1, abort_too_late, "error", "destination", is_there),
-    Row(2, give_a_wrong_plan, "error", "source", is_untouched),
+    Row(2, give_a_wrong_plan, "error", "unknown", is_untouched),
     Row(3, name_a_socket_that_is_not_there, "refused", "source", stays),
     Row(4, kill_the_handler_before_the_commit, "rolled-back", "source", stays),
     Row(5, let_the_time_limit_pass, "timed-out", "source", stays),
