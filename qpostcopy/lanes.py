@@ -66,6 +66,11 @@ class LaneThreads:
         self._threads.append(thread)
         thread.start()
 
+    @property
+    def running(self) -> bool:
+        """Whether any loop has not ended yet."""
+        return any(thread.is_alive() for thread in self._threads)
+
     async def join(self) -> None:
         """Until all loops have ended; ask them to stop first."""
         for thread in self._threads:

@@ -5,7 +5,7 @@
  *
  * Found in the order of addresses by a loop of its own, because SEEK_HOLE cannot
  * be told where to stop: in a terabyte without a hole it takes ten seconds, and
- * nobody is to wait for that. Whoever comes to a page first takes it for data:
+ * nobody is to wait for that, the end of a session neither. Whoever comes to a page first takes it for data:
  * then it is read as zeroes, and costs a frame. */
 #include "source.h"
 
@@ -19,7 +19,7 @@ static int scan_block(struct qpc_source *source, struct qpc_source_block *block,
     struct qpc_run data;
     for (uint64_t from = atomic_load(&block->settled); from < block->pages;
          from = data.first + data.count) {
-        if (atomic_load(&source->stopping))
+        if (atomic_load(&source->scan_stopping))
             return qpc_fail(error, QPC_STOPPED, 0, "asked to stop", 0, 0);
         int code = qpc_next_data(block->fd, from, block->pages, &data, error);
         if (code)
@@ -31,7 +31,9 @@ static int scan_block(struct qpc_source *source, struct qpc_source_block *block,
     return QPC_OK;
 }
 
-/* The source is stopped: what is found is final, and a later session goes on from there. */
+void qpc_source_stop_scan(struct qpc_source *source) { atomic_store(&source->scan_stopping, true); }
+
+/* The source is stopped: what is found is final, in every session. */
 int qpc_source_run_scan(struct qpc_source *source, struct qpc_error *error)
 {
     int code = QPC_OK;

@@ -57,15 +57,16 @@ int qpc_source_receive_have(struct qpc_source *source, int lane_fd, int deadline
                             struct qpc_error *error);
 int qpc_source_run_demand(struct qpc_source *source, int lane_fd, struct qpc_error *error);
 
-/* Find the holes, beside the other loops: none of them waits for it. */
+/* Find the holes, beside all sessions: none of their loops waits for it, nor does their end. */
 int qpc_source_run_scan(struct qpc_source *source, struct qpc_error *error);
+void qpc_source_stop_scan(struct qpc_source *source); /* any thread; for good */
 
 /* Lane 0 announces the holes that are found. QPC_OK: nothing is left for this lane. */
 int qpc_source_run_push(struct qpc_source *source, int lane_fd, uint32_t index,
                         struct qpc_error *error);
 
-void qpc_source_stop(struct qpc_source *source);  /* any thread */
-void qpc_source_reset(struct qpc_source *source); /* after all loops were joined */
+void qpc_source_stop(struct qpc_source *source);  /* any thread; all loops but the scan */
+void qpc_source_reset(struct qpc_source *source); /* after these loops were joined */
 void qpc_source_counters_read(const struct qpc_source *source,
                               struct qpc_source_counters *counters);
 /* cdef-end */
@@ -84,6 +85,7 @@ struct qpc_source {
     uint64_t *block_pages;
     int stop_fd;
     _Atomic bool stopping;
+    _Atomic bool scan_stopping;
     _Atomic unsigned demand_waiting; /* faults that are not answered yet: push yields */
     _Atomic uint64_t requests, demand_pages, around_pages, push_pages, hole_pages, zero_pages;
     _Atomic uint64_t wire_bytes;

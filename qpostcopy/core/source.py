@@ -65,19 +65,23 @@ class SourceCore:
         return run_loop(lib.qpc_source_run_demand, self._source, demand_fd)
 
     def run_scan(self) -> LaneEnd:
-        """Find the holes, beside the other loops; done at once if they are all known."""
+        """Find the holes, beside all sessions; done at once if they are all known."""
         return run_loop(lib.qpc_source_run_scan, self._source)
+
+    def stop_scan(self) -> None:
+        """`run_scan` ends at its next look, for good; one look can take ten seconds."""
+        lib.qpc_source_stop_scan(self._source)
 
     def run_push(self, push_fd: int, index: int) -> LaneEnd:
         """Push until nothing is left; lane 0 announces the holes that are found."""
         return run_loop(lib.qpc_source_run_push, self._source, push_fd, index)
 
     def stop(self) -> None:
-        """Every running loop returns STOPPED; from any thread."""
+        """Every running loop but the scan returns STOPPED; from any thread."""
         lib.qpc_source_stop(self._source)
 
     def reset(self) -> None:
-        """After all loops were joined: ready for the next lanes."""
+        """After these loops were joined: ready for the next lanes."""
         lib.qpc_source_reset(self._source)
 
     def stats(self) -> SourceCounters:

@@ -82,6 +82,7 @@ class PageServer(Companion):
         self._core_for: tuple[bool, int | None] | None = None
         self._prepared_for: tuple[Profile, int | None] | None = None
         self._extents = 0
+        self._scan: LaneThreads | None = None  # the core's, over all its sessions
         self._session: Session | None = None
         self._changing = asyncio.Lock()
 
@@ -102,7 +103,7 @@ class PageServer(Companion):
                 # A trace can make this some seconds' work: not again for each repair.
                 order = await asyncio.to_thread(compile_schedule, profile, ram.blocks)
                 self._prepared_for = None
-                core = self._core_of(profile, arguments.push_bytes_per_second, ram)
+                core = await self._core_of(profile, arguments.push_bytes_per_second, ram)
                 await in_thread(core.set_schedule, order.table)
                 self._prepared_for, self._extents = wanted, len(order)
         return schema.Prepared(extents=self._extents)
@@ -184,24 +185,37 @@ class PageServer(Companion):
         if status not in _STOPPED:
             raise SourceRunsError(f"qpc-serve: the source is {status}, not stopped")
 
-    def _core_of(self, profile: Profile, push_bytes_per_second: int | None, ram: Ram) -> SourceCore:
+    async def _core_of(
+        self, profile: Profile, push_bytes_per_second: int | None, ram: Ram
+    ) -> SourceCore:
         """The core; the same one over sessions, so that its counters go on."""
         wanted = (profile.fault.then == "here", push_bytes_per_second)
         if self._core is not None and self._core_for == wanted:
             return self._core
-        if self._core is not None:
-            self._core.close()
+        await self._close_core()
         self._core = SourceCore(
             ram.fds, ram.blocks, push_from_fault=wanted[0], push_bytes_per_second=wanted[1]
         )
         self._core_for = wanted
         return self._core
 
+    async def _close_core(self) -> None:
+        """The only place that waits for the scan."""
+        if self._core is None:
+            return
+        self._core.stop_scan()
+        if self._scan is not None:
+            await self._scan.join()
+            self._scan = None
+        self._core.close()
+        self._core = None
+
     # --- sessions of lanes --------------------------------------------------------------------
 
-    @staticmethod
-    def _start_loops(core: SourceCore, session: Session) -> None:
-        session.threads.start("scan", core.run_scan)
+    def _start_loops(self, core: SourceCore, session: Session) -> None:
+        if self._scan is None or not self._scan.running:
+            self._scan = LaneThreads(self._on_scan_end)
+            self._scan.start("scan", core.run_scan)
         session.threads.start("demand", partial(core.run_demand, session.lanes.demand.fileno()))
         for index, sock in enumerate(session.lanes.push):
             name = f"push {index}"
@@ -237,14 +251,17 @@ class PageServer(Companion):
             session.reported = True
             self.endpoint.emit(schema.LaneLost(lane=name, reason=reason_of(outcome)))
 
+    def _on_scan_end(self, name: str, outcome: Outcome) -> None:
+        log.info("%s loop ended: %s", name, outcome)
+        if not is_harmless(outcome):
+            self.endpoint.emit(schema.Fatal(reason=f"{name} loop: {reason_of(outcome)}"))
+
     async def close_service(self) -> None:
         """End the loops and let the RAM go; nothing of the source was changed."""
         self._stop_core()
         async with self._changing:
             await self._end_session()
-            if self._core is not None:
-                self._core.close()
-                self._core = None
+            await self._close_core()
             if self._ram is not None:
                 for fd in self._ram.fds:
                     os.close(fd)

@@ -11,8 +11,7 @@
 
 #define PAGES 6000
 #define PUSH_LANES 2
-#define LOOPS (2 + 2 * PUSH_LANES + 1)
-#define SCAN (LOOPS - 1)
+#define LOOPS (2 + 2 * PUSH_LANES)
 
 static char directory[] = "/tmp/qpc-lanes-XXXXXX";
 
@@ -22,8 +21,8 @@ struct rig {
     int ram, faults[2]; /* pipe */
     int lanes[1 + PUSH_LANES][2]; /* [demand, push...][handler's end, page server's end] */
     int codes[LOOPS];
-    pthread_t threads[LOOPS];
-    bool no_scan; /* as if it took for ever */
+    pthread_t threads[LOOPS], scan;
+    bool no_scan, scans; /* no_scan: as if it took for ever */
 };
 
 static uint8_t content(uint64_t page, uint64_t at) { return (uint8_t)(page * 31 + at % 253 + 1); }
@@ -37,7 +36,7 @@ static void rig_init(struct rig *rig, int push_from_fault)
     struct qpc_error error;
     uint64_t pages = PAGES;
     uint8_t page[QPC_PAGE_BYTES];
-    rig->no_scan = false;
+    rig->no_scan = rig->scans = false;
     fake_init(PAGES);
     rig->ram = memfd_create("ram", MFD_CLOEXEC);
     CHECK(!ftruncate(rig->ram, PAGES * QPC_PAGE_BYTES));
@@ -58,6 +57,8 @@ static void rig_init(struct rig *rig, int push_from_fault)
 
 static void rig_deinit(struct rig *rig)
 {
+    if (rig->scans)
+        pthread_join(rig->scan, NULL);
     qpc_handler_destroy(rig->handler);
     qpc_source_destroy(rig->source);
     close(rig->ram);
@@ -78,7 +79,7 @@ static void close_lanes(struct rig *rig)
             close(rig->lanes[i][end]);
 }
 
-/* One thread for each loop; `role` counts: demand of both, push lanes of both, the hole scan. */
+/* One thread for each loop; `role` counts: demand of both, push lanes of both. */
 struct job {
     struct rig *rig;
     unsigned role;
@@ -91,10 +92,6 @@ static void *run_job(void *argument)
     struct qpc_error error;
     free(argument);
     unsigned lane = job.role / 2, ours = job.role % 2;
-    if (job.role == SCAN) {
-        rig->codes[SCAN] = rig->no_scan ? QPC_OK : qpc_source_run_scan(rig->source, &error);
-        return NULL;
-    }
     int fd = rig->lanes[lane][ours];
     if (lane == 0)
         rig->codes[job.role] = ours ? qpc_source_run_demand(rig->source, fd, &error)
@@ -102,6 +99,14 @@ static void *run_job(void *argument)
     else
         rig->codes[job.role] = ours ? qpc_source_run_push(rig->source, fd, lane - 1, &error)
                                     : qpc_handler_run_push(rig->handler, fd, &error);
+    return NULL;
+}
+
+static void *run_scan(void *argument)
+{
+    struct qpc_error error;
+    struct rig *rig = argument;
+    CHECK(!qpc_source_run_scan(rig->source, &error));
     return NULL;
 }
 
@@ -114,6 +119,10 @@ static void start(struct rig *rig)
         struct job *job = malloc(sizeof *job);
         *job = (struct job){rig, role};
         CHECK(!pthread_create(&rig->threads[role], NULL, run_job, job));
+    }
+    if (!rig->no_scan && !rig->scans) { /* one for all sessions */
+        CHECK(!pthread_create(&rig->scan, NULL, run_scan, rig));
+        rig->scans = true;
     }
 }
 
@@ -204,6 +213,21 @@ static void nobody_waits_for_the_scan(void)
     stop_and_join(&rig);
     check_all(&rig);
     CHECK(rig.handler->shared->hole_pages == 0);
+    rig_deinit(&rig);
+}
+
+static void a_scan_outlives_its_session(void)
+{
+    struct rig rig;
+    struct qpc_error error;
+    rig_init(&rig, 0);
+    qpc_source_stop(rig.source);
+    CHECK(qpc_source_run_scan(rig.source, &error) == QPC_OK);
+    CHECK(rig.source->blocks[0].settled == PAGES);
+    rig.source->blocks[0].settled = 0;
+    qpc_source_stop_scan(rig.source);
+    qpc_source_reset(rig.source);
+    CHECK(qpc_source_run_scan(rig.source, &error) == QPC_STOPPED);
     rig_deinit(&rig);
 }
 
@@ -358,6 +382,7 @@ int main(void)
     CHECK(mkdtemp(directory));
     RUN(everything_arrives_once_with_faults_all_over);
     RUN(nobody_waits_for_the_scan);
+    RUN(a_scan_outlives_its_session);
     RUN(known_holes_are_told_and_not_read);
     RUN(lost_lanes_are_taken_up_where_they_were);
     RUN(hostile_peers_are_refused);

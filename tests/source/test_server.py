@@ -13,7 +13,7 @@ import pytest
 
 from qpostcopy.companion import Options
 from qpostcopy.config import Profile, TraceStep
-from qpostcopy.core import LoopStoppedError
+from qpostcopy.core import LaneEnd, LoopStoppedError
 from qpostcopy.errors import QpostcopyError, UsageError
 from qpostcopy.lanes import Lanes, LaneThreads
 from qpostcopy.qmp import schema
@@ -174,6 +174,7 @@ class FakeCore:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.begun, self.stopped = threading.Event(), threading.Event()
+        self.scans, self.scan_stopped = 0, threading.Event()
 
     def receive_have(self, _fd: int, _deadline_ms: int) -> None:
         self.begun.set()
@@ -184,6 +185,19 @@ class FakeCore:
 
     def stop(self) -> None:
         self.stopped.set()
+
+    def run_scan(self) -> LaneEnd:
+        self.scans += 1
+        assert self.scan_stopped.wait(10)
+        self.said.append("scan ended")
+        return LaneEnd.STOPPED
+
+    def stop_scan(self) -> None:
+        self.scan_stopped.set()
+
+    def run_demand(self, _fd: int) -> LaneEnd:
+        assert self.stopped.wait(10)
+        return LaneEnd.STOPPED
 
     def reset(self) -> None:
         self.said.append("reset")
@@ -212,6 +226,27 @@ def test_a_core_is_not_destroyed_under_a_call(tmp_path: Path) -> None:
             assert core.said == ["returned", "reset", "closed"]
             with pytest.raises(asyncio.CancelledError):
                 await serving
+
+    asyncio.run(body())
+
+
+def test_a_session_does_not_wait_for_the_scan(tmp_path: Path) -> None:
+    """One lseek of a full terabyte takes ten seconds; a repair has five."""
+
+    async def body() -> None:
+        core = FakeCore()
+        server = PageServer(Options(tmp_path / "qmp", os.getpid(), "m-1", tmp_path, tmp_path / "s"))
+        server._core = core  # type: ignore[assignment]
+        for session in range(2):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                server._session = Session(Lanes(ours, ()), LaneThreads(server._on_loop_end))
+                server._start_loops(core, server._session)  # type: ignore[arg-type]
+                await server._end_session()
+            assert core.said == ["reset"] * (session + 1)
+        assert core.scans == 1
+        await server.close_service()
+        assert core.said[2:] == ["reset", "scan ended", "closed"]
 
     asyncio.run(body())
 
