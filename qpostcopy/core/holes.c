@@ -9,8 +9,6 @@
  * then it is read as zeroes, and costs a frame. */
 #include "source.h"
 
-#define BATCH 1024 /* frames a write */
-
 /* --- finding ------------------------------------------------------------------------------- */
 
 static int scan_block(struct qpc_source *source, struct qpc_source_block *block,
@@ -44,23 +42,8 @@ int qpc_source_run_scan(struct qpc_source *source, struct qpc_error *error)
 
 /* --- telling ------------------------------------------------------------------------------- */
 
-struct batch {
-    struct qpc_source *source;
-    struct qpc_lane *lane;
-    size_t count;
-    uint8_t bytes[BATCH * QPC_FRAME_BYTES];
-};
-
-static int flush(struct batch *batch, struct qpc_error *error)
-{
-    struct iovec part = {batch->bytes, batch->count * QPC_FRAME_BYTES};
-    atomic_fetch_add(&batch->source->wire_bytes, part.iov_len);
-    batch->count = 0;
-    return part.iov_len ? qpc_lane_write(batch->lane, &part, 1, error) : QPC_OK;
-}
-
-static int add_hole(struct batch *batch, uint32_t block, uint64_t first, uint64_t end,
-                    struct qpc_error *error)
+static int add_hole(struct qpc_source *source, struct qpc_batch *batch, uint32_t block,
+                    uint64_t first, uint64_t end, struct qpc_error *error)
 {
     if (first == end)
         return QPC_OK;
@@ -68,9 +51,9 @@ static int add_hole(struct batch *batch, uint32_t block, uint64_t first, uint64_
                              .block = (uint16_t)block,
                              .first_page = first,
                              .page_count = end - first};
-    qpc_frame_encode(&hole, batch->bytes + batch->count++ * QPC_FRAME_BYTES);
-    atomic_fetch_add(&batch->source->hole_pages, end - first);
-    return batch->count == BATCH ? flush(batch, error) : QPC_OK;
+    atomic_fetch_add(&source->hole_pages, end - first);
+    atomic_fetch_add(&source->wire_bytes, QPC_FRAME_BYTES);
+    return qpc_batch_add(batch, &hole, error);
 }
 
 static bool has_news(const struct qpc_source *source)
@@ -86,18 +69,19 @@ int qpc_source_announce_holes(struct qpc_source *source, struct qpc_lane *lane,
 {
     if (!has_news(source)) /* asked before every run, nearly always in vain */
         return QPC_OK;
-    struct batch batch = {.source = source, .lane = lane};
+    struct qpc_batch batch;
+    qpc_batch_init(&batch, lane);
     for (unsigned i = 0; i < source->block_count; i++) {
         struct qpc_source_block *block = &source->blocks[i];
         uint64_t settled = atomic_load(&block->settled);
         for (uint64_t hole = block->announced, data; hole < settled;
              hole = qpc_bits_next(&block->present, data, settled, false)) {
             data = qpc_bits_next(&block->present, hole, settled, true);
-            int code = add_hole(&batch, i, hole, data, error);
+            int code = add_hole(source, &batch, i, hole, data, error);
             if (code)
                 return code;
         }
         block->announced = settled;
     }
-    return flush(&batch, error);
+    return qpc_batch_flush(&batch, error);
 }

@@ -203,3 +203,26 @@ int qpc_lane_write_frame(struct qpc_lane *lane, const struct qpc_frame *frame,
     struct iovec part = {header, sizeof header};
     return qpc_lane_write(lane, &part, 1, error);
 }
+
+/* --- batches ------------------------------------------------------------------------------- */
+
+void qpc_batch_init(struct qpc_batch *batch, struct qpc_lane *lane)
+{
+    batch->lane = lane;
+    batch->count = 0;
+}
+
+int qpc_batch_flush(struct qpc_batch *batch, struct qpc_error *error)
+{
+    struct iovec part = {batch->bytes, batch->count * QPC_FRAME_BYTES};
+    batch->count = 0;
+    return part.iov_len ? qpc_lane_write(batch->lane, &part, 1, error) : QPC_OK;
+}
+
+int qpc_batch_add(struct qpc_batch *batch, const struct qpc_frame *frame, struct qpc_error *error)
+{
+    int code = batch->count == QPC_BATCH_FRAMES ? qpc_batch_flush(batch, error) : QPC_OK;
+    if (!code)
+        qpc_frame_encode(frame, batch->bytes + batch->count++ * QPC_FRAME_BYTES);
+    return code;
+}

@@ -15,6 +15,7 @@
 #include "wire.h"
 
 #define QPC_STALL_MS 30000
+#define QPC_BATCH_FRAMES 1024
 
 struct qpc_lane {
     int fd;
@@ -45,6 +46,18 @@ int qpc_lane_wait(struct qpc_lane *lane, int timeout_ms, struct qpc_error *error
 int qpc_lane_write(struct qpc_lane *lane, struct iovec *parts, int count, struct qpc_error *error);
 int qpc_lane_write_frame(struct qpc_lane *lane, const struct qpc_frame *frame,
                          struct qpc_error *error);
+
+/* Frames without payload, many a write: a fragmented guest has millions of extents. */
+struct qpc_batch {
+    struct qpc_lane *lane; /* borrowed */
+    size_t count;
+    uint8_t bytes[QPC_BATCH_FRAMES * QPC_FRAME_BYTES];
+};
+
+void qpc_batch_init(struct qpc_batch *batch, struct qpc_lane *lane);
+/* Into the batch; if that is full, it is written first. */
+int qpc_batch_add(struct qpc_batch *batch, const struct qpc_frame *frame, struct qpc_error *error);
+int qpc_batch_flush(struct qpc_batch *batch, struct qpc_error *error);
 
 /* Write what fits at once; *done bytes of it. */
 int qpc_lane_try_write(struct qpc_lane *lane, const uint8_t *bytes, size_t length, size_t *done,

@@ -1,12 +1,8 @@
 /* From one session of lanes to the next, and from one handler to the next: what is
  * taken over, what is forgotten, and what the page server is told. */
-#include <errno.h>
-#include <stdlib.h>
 #include <sys/eventfd.h>
 
 #include "handler.h"
-
-#define HAVE_BATCH 1024 /* frames a write */
 
 /* --- taking over --------------------------------------------------------------------------- */
 
@@ -80,39 +76,18 @@ void qpc_handler_reset(struct qpc_handler *handler)
 
 int qpc_handler_done_fd(const struct qpc_handler *handler) { return handler->done_fd; }
 
-/* Many frames a write: a fragmented guest has millions of extents. */
-struct batch {
-    struct qpc_lane lane;
-    uint8_t *bytes; /* HAVE_BATCH frames */
-    size_t count;
-};
-
-static int flush(struct batch *batch, struct qpc_error *error)
-{
-    struct iovec part = {batch->bytes, batch->count * QPC_FRAME_BYTES};
-    batch->count = 0;
-    return part.iov_len ? qpc_lane_write(&batch->lane, &part, 1, error) : QPC_OK;
-}
-
-static int add(struct batch *batch, struct qpc_frame frame, struct qpc_error *error)
-{
-    qpc_frame_encode(&frame, batch->bytes + batch->count++ * QPC_FRAME_BYTES);
-    return batch->count == HAVE_BATCH ? flush(batch, error) : QPC_OK;
-}
-
-static int add_known(struct batch *batch, uint16_t index, const struct qpc_bits *known,
+static int add_known(struct qpc_batch *batch, uint16_t index, const struct qpc_bits *known,
                      struct qpc_error *error)
 {
     uint64_t page = 0, stop;
     int code = QPC_OK;
     while (!code && (page = qpc_bits_next(known, page, known->pages, true)) < known->pages) {
         stop = qpc_bits_next(known, page, known->pages, false);
-        code = add(batch,
-                   (struct qpc_frame){.type = QPC_FRAME_HAVE,
-                                      .block = index,
-                                      .first_page = page,
-                                      .page_count = stop - page},
-                   error);
+        struct qpc_frame have = {.type = QPC_FRAME_HAVE,
+                                 .block = index,
+                                 .first_page = page,
+                                 .page_count = stop - page};
+        code = qpc_batch_add(batch, &have, error);
         page = stop;
     }
     return code;
@@ -120,18 +95,17 @@ static int add_known(struct batch *batch, uint16_t index, const struct qpc_bits 
 
 int qpc_handler_send_have(struct qpc_handler *handler, int lane_fd, struct qpc_error *error)
 {
-    struct batch batch = {.bytes = malloc((size_t)HAVE_BATCH * QPC_FRAME_BYTES)};
-    int code = qpc_lane_init(&batch.lane, lane_fd, handler->stop_fd, handler->block_pages,
+    struct qpc_lane lane;
+    struct qpc_batch batch;
+    int code = qpc_lane_init(&lane, lane_fd, handler->stop_fd, handler->block_pages,
                              handler->block_count, error);
-    if (!code && !batch.bytes)
-        code = qpc_fail(error, QPC_NO_MEMORY, ENOMEM, "HAVE frames", 0, 0);
+    qpc_batch_init(&batch, &lane);
     for (unsigned i = 0; i < handler->block_count && !code; i++)
         code = add_known(&batch, (uint16_t)i, &handler->blocks[i].known, error);
     if (!code)
-        code = add(&batch, (struct qpc_frame){.type = QPC_FRAME_START}, error);
+        code = qpc_batch_add(&batch, &(struct qpc_frame){.type = QPC_FRAME_START}, error);
     if (!code)
-        code = flush(&batch, error);
-    free(batch.bytes);
-    qpc_lane_deinit(&batch.lane);
+        code = qpc_batch_flush(&batch, error);
+    qpc_lane_deinit(&lane);
     return code;
 }

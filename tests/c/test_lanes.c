@@ -3,6 +3,7 @@
  * Faults are written into a pipe that stands in for the userfaultfd. */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 
@@ -377,6 +378,33 @@ static void a_limit_is_kept(void)
     rig_deinit(&rig);
 }
 
+static void a_batch_is_written_whole(void)
+{
+    struct qpc_error error;
+    struct qpc_lane ends[2];
+    struct qpc_batch batch;
+    struct qpc_frame frame = {.type = QPC_FRAME_HAVE, .page_count = 1};
+    const uint64_t pages = 2 * QPC_BATCH_FRAMES + 1;
+    const uint8_t *payload;
+    int pair[2], stop = eventfd(0, 0);
+    CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+    for (int i = 0; i < 2; i++)
+        CHECK(!qpc_lane_init(&ends[i], pair[i], stop, &pages, 1, &error));
+    qpc_batch_init(&batch, &ends[0]);
+    for (frame.first_page = 0; frame.first_page < pages; frame.first_page++)
+        CHECK(!qpc_batch_add(&batch, &frame, &error));
+    for (int i = 0; i < 2; i++) /* again: nothing is left in it */
+        CHECK(!qpc_batch_flush(&batch, &error));
+    for (uint64_t i = 0; i < pages; i++)
+        CHECK(!qpc_lane_next(&ends[1], &frame, &payload, &error) && frame.first_page == i);
+    CHECK(qpc_lane_next(&ends[1], &frame, &payload, &error) == QPC_TIMEOUT);
+    for (int i = 0; i < 2; i++) {
+        qpc_lane_deinit(&ends[i]);
+        close(pair[i]);
+    }
+    close(stop);
+}
+
 int main(void)
 {
     CHECK(mkdtemp(directory));
@@ -385,6 +413,7 @@ int main(void)
     RUN(a_scan_outlives_its_session);
     RUN(known_holes_are_told_and_not_read);
     RUN(lost_lanes_are_taken_up_where_they_were);
+    RUN(a_batch_is_written_whole);
     RUN(hostile_peers_are_refused);
     RUN(a_page_server_that_owes_an_answer_is_given_up);
     RUN(what_is_known_is_answered_without_lanes);
