@@ -42,46 +42,37 @@ int qpc_source_run_scan(struct qpc_source *source, struct qpc_error *error)
 
 /* --- telling ------------------------------------------------------------------------------- */
 
-static int add_hole(struct qpc_source *source, struct qpc_batch *batch, uint32_t block,
-                    uint64_t first, uint64_t end, struct qpc_error *error)
+/* What fits the batch of one block's news. */
+static int add_holes(struct qpc_source *source, struct qpc_batch *batch, uint32_t index,
+                     struct qpc_error *error)
 {
-    if (first == end)
-        return QPC_OK;
-    struct qpc_frame hole = {.type = QPC_FRAME_HOLE,
-                             .block = (uint16_t)block,
-                             .first_page = first,
-                             .page_count = end - first};
-    atomic_fetch_add(&source->hole_pages, end - first);
-    atomic_fetch_add(&source->wire_bytes, QPC_FRAME_BYTES);
-    return qpc_batch_add(batch, &hole, error);
+    struct qpc_source_block *block = &source->blocks[index];
+    uint64_t settled = atomic_load(&block->settled);
+    int code = QPC_OK;
+    while (!code && block->announced < settled && batch->count < QPC_BATCH_FRAMES) {
+        uint64_t hole = qpc_bits_next(&block->present, block->announced, settled, false);
+        uint64_t data = qpc_bits_next(&block->present, hole, settled, true);
+        struct qpc_frame frame = {.type = QPC_FRAME_HOLE,
+                                  .block = (uint16_t)index,
+                                  .first_page = hole,
+                                  .page_count = data - hole};
+        if (frame.page_count)
+            code = qpc_batch_add(batch, &frame, error);
+        atomic_fetch_add(&source->hole_pages, frame.page_count);
+        block->announced = data;
+    }
+    return code;
 }
 
-static bool has_news(const struct qpc_source *source)
-{
-    for (unsigned i = 0; i < source->block_count; i++)
-        if (source->blocks[i].announced < atomic_load(&source->blocks[i].settled))
-            return true;
-    return false;
-}
-
-int qpc_source_announce_holes(struct qpc_source *source, struct qpc_lane *lane,
+int qpc_source_announce_holes(struct qpc_source *source, struct qpc_lane *lane, uint64_t *bytes,
                               struct qpc_error *error)
 {
-    if (!has_news(source)) /* asked before every run, nearly always in vain */
-        return QPC_OK;
     struct qpc_batch batch;
+    int code = QPC_OK;
     qpc_batch_init(&batch, lane);
-    for (unsigned i = 0; i < source->block_count; i++) {
-        struct qpc_source_block *block = &source->blocks[i];
-        uint64_t settled = atomic_load(&block->settled);
-        for (uint64_t hole = block->announced, data; hole < settled;
-             hole = qpc_bits_next(&block->present, data, settled, false)) {
-            data = qpc_bits_next(&block->present, hole, settled, true);
-            int code = add_hole(source, &batch, i, hole, data, error);
-            if (code)
-                return code;
-        }
-        block->announced = settled;
-    }
-    return qpc_batch_flush(&batch, error);
+    for (unsigned i = 0; i < source->block_count && !code; i++)
+        code = add_holes(source, &batch, i, error);
+    *bytes = batch.count * QPC_FRAME_BYTES;
+    atomic_fetch_add(&source->wire_bytes, *bytes);
+    return code ? code : qpc_batch_flush(&batch, error);
 }

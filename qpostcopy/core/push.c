@@ -1,7 +1,7 @@
 /* Pushing: what a page server sends unasked, in the order of the schedule.
  *
- * Several lanes share one cursor. Between two runs of at most 64 pages a lane
- * yields to faults that wait, and to the limit that the plan sets. */
+ * Several lanes share one cursor. Between two runs of at most 64 pages, or
+ * batches of holes, a lane yields to faults that wait, and to the limit that the plan sets. */
 #include <errno.h>
 #include <stdlib.h>
 #include <time.h>
@@ -151,24 +151,37 @@ static int pace(struct qpc_source *source, struct qpc_lane *lane, struct qpc_err
 
 /* --- the loop ------------------------------------------------------------------------------ */
 
+static int push_run(struct qpc_source *source, struct qpc_lane *lane, const struct qpc_extent *run,
+                    uint8_t *buffer, struct qpc_error *error)
+{
+    struct qpc_sent sent;
+    int code = qpc_source_send(source, lane, run->block, run->first_page, run->page_count, buffer,
+                               &sent, error);
+    if (code)
+        return code;
+    book(source, sent.bytes);
+    atomic_fetch_add(&source->zero_pages, sent.zero_pages);
+    atomic_fetch_add(&source->push_pages, run->page_count - sent.zero_pages);
+    return QPC_OK;
+}
+
+/* A batch of holes and a run of pages by turns: a backlog of holes is millions of frames.
+ * The run is taken first: at the end, what was passed over as holes is told to the last. */
 static int push_all(struct qpc_source *source, struct qpc_lane *lane, bool tells_holes,
                     uint8_t *buffer, struct qpc_error *error)
 {
     struct qpc_extent run;
-    struct qpc_sent sent;
-    int code;
-    while (!(code = pace(source, lane, error)) && !(code = yield_to_faults(source, error)) &&
-           qpc_source_next(source, &run)) {
+    uint64_t hole_bytes = 0;
+    bool found = true;
+    int code = QPC_OK;
+    while (!code && (found || hole_bytes) && !(code = pace(source, lane, error)) &&
+           !(code = yield_to_faults(source, error))) {
+        found = qpc_source_next(source, &run);
         if (tells_holes)
-            code = qpc_source_announce_holes(source, lane, error);
-        if (!code)
-            code = qpc_source_send(source, lane, run.block, run.first_page, run.page_count, buffer,
-                                   &sent, error);
-        if (code)
-            return code;
-        book(source, sent.bytes);
-        atomic_fetch_add(&source->zero_pages, sent.zero_pages);
-        atomic_fetch_add(&source->push_pages, run.page_count - sent.zero_pages);
+            code = qpc_source_announce_holes(source, lane, &hole_bytes, error);
+        book(source, hole_bytes);
+        if (!code && found)
+            code = push_run(source, lane, &run, buffer, error);
     }
     return code;
 }
@@ -185,8 +198,6 @@ int qpc_source_run_push(struct qpc_source *source, int lane_fd, uint32_t index,
     qpc_lane_limit_unsent(&lane, UNSENT_BYTES);
     if (!code)
         code = push_all(source, &lane, index == 0, buffer, error);
-    if (!code && index == 0) /* what was passed over as holes, the last of them too */
-        code = qpc_source_announce_holes(source, &lane, error);
     if (!code)
         code = qpc_lane_write_frame(&lane, &(struct qpc_frame){.type = QPC_FRAME_END}, error);
     if (!code)

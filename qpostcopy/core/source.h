@@ -128,8 +128,8 @@ struct qpc_run qpc_source_take(struct qpc_source *source, uint32_t block, uint64
 
 /* The next run to push, taken as above; false: nothing is left. */
 bool qpc_source_next(struct qpc_source *source, struct qpc_extent *run);
-/* Tell of the holes that were found since the last call in this session. */
-int qpc_source_announce_holes(struct qpc_source *source, struct qpc_lane *lane,
+/* Tell of holes that this session was not told of, one batch at most; *bytes 0: of all found. */
+int qpc_source_announce_holes(struct qpc_source *source, struct qpc_lane *lane, uint64_t *bytes,
                               struct qpc_error *error);
 void qpc_source_jump(struct qpc_source *source, uint32_t block, uint64_t page);
 
