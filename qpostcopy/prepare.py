@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
+from qpostcopy.config import Profile
 from qpostcopy.errors import QpostcopyError, RefusedError
 from qpostcopy.migration import (
     COMMAND_SECONDS,
@@ -167,16 +168,17 @@ async def judge_both_sides(migration: Migration) -> None:
         migration.warn(f"{found.side}: {found.message} [{found.code}]; {found.remedy}")
 
 
-async def compile_push_order(migration: Migration) -> None:
+async def compile_push_order(migration: Migration, profile: Profile | None = None) -> None:
     """The profile against this RAM, while a misfit costs nothing yet.
 
+    :param profile: in place of the plan's.
     :raise UsageError: a step names a block or an offset that this VM does not have.
     """
     plan = migration.plan
     await migration.source.call(
         "qpc-prepare",
         schema.Prepare(
-            profile=plan.profile.model_dump(mode="json"),
+            profile=(profile or plan.profile).model_dump(mode="json"),
             push_bytes_per_second=plan.limits.push_bytes_per_second,
         ),
         schema.Prepared,

@@ -22,7 +22,7 @@ import logging
 from contextlib import suppress
 
 from qpostcopy import stream
-from qpostcopy.errors import OutcomeUnknownError, QpostcopyError, StateLostError
+from qpostcopy.errors import OutcomeUnknownError, QpostcopyError, StateLostError, UsageError
 from qpostcopy.migration import (
     COMMAND_SECONDS,
     QUERY_SECONDS,
@@ -311,10 +311,23 @@ async def repair(migration: Migration) -> int:
     await open_lanes(migration)
     mark = migration.book.mark
     # Even if it was not started just now: who started it may have died before this.
-    await compile_push_order(migration)
+    await _compile_some_order(migration)
     # At once: what the handler has may be more than fits a socket that nobody reads.
     await together(serve_faults(migration), serve_pages(migration))
     return mark
+
+
+async def _compile_some_order(migration: Migration) -> None:
+    """The profile's order, or that of addresses: the guest needs its pages in any order.
+
+    It was compiled before the commit, but a trace may have been damaged since.
+    """
+    try:
+        await compile_push_order(migration)
+    except UsageError as error:
+        migration.warn(f"the pages are pushed in address order from now on: {error}")
+        profile = migration.plan.profile.model_copy(update={"push": ()})
+        await compile_push_order(migration, profile)
 
 
 async def _ensure_page_server(migration: Migration) -> None:

@@ -270,6 +270,33 @@ def test_a_companion_that_hangs_in_postcopy_is_replaced(
     assert any("does not answer" in text for text in said)
 
 
+def test_an_order_that_is_lost_after_the_commit_costs_a_warning(
+    world: World, tmp_path: Path
+) -> None:
+    """A new page server compiles anew, and the trace is damaged by then."""
+    world.placed_at_once = False
+    tried: list[object] = []
+
+    def damaged(world: World, act: Act) -> object:
+        tried.append(act)
+        if len(tried) == 1:
+            raise UsageError("push-0.trace: is damaged")
+        world.placed_at_once = True
+        return act()
+
+    def lose(world: World, act: Act) -> object:
+        reply = act()
+        world.faults["source", "qpc-prepare"] = damaged
+        world.event("destination", "QPC_LANE_LOST", lane="demand", reason="made up")
+        return reply
+
+    world.faults["destination", "cont"] = lose
+    run = migrate(start(tmp_path))
+    assert run.ended == ("completed", 0, "destination")
+    assert len(tried) == 2
+    assert any("address order" in warning for warning in run.result["warnings"])
+
+
 @pytest.mark.parametrize("reason", ["host-signal", "host-qmp-quit"])
 def test_a_destination_that_somebody_ended_is_not_ended_by_itself(
     world: World, tmp_path: Path, reason: str
