@@ -15,10 +15,12 @@ import os
 import stat
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 from qpostcopy.errors import UsageError
 
@@ -99,15 +101,35 @@ def read_trace(path: Path) -> Trace:
 
     :raise TraceError: it cannot be read, or it is no whole trace of this version.
     """
+    with _opened(path) as file:
+        head = file.read(_MAX_HEAD_BYTES)
+        offset, count = _layout(head)
+        file.seek(offset)
+        return _decode(head, file.read(count * _RECORD.size))
+
+
+def read_blocks(path: Path) -> tuple[TracedBlock, ...]:
+    """The RAM blocks of a trace file that has room for its records; none of those is looked at.
+
+    :raise TraceError: as `read_trace`.
+    """
+    with _opened(path) as file:
+        head = file.read(_MAX_HEAD_BYTES)
+        offset, count = _layout(head)
+        blocks = _blocks_of(head, offset)
+        if os.fstat(file.fileno()).st_size < offset + count * _RECORD.size:
+            raise _cut()
+        return blocks
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a FIFO: do not wait
         with os.fdopen(fd, "rb") as file:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise TraceError("is not a file", remedy=_ANOTHER)
-            head = file.read(_MAX_HEAD_BYTES)
-            offset, count = _layout(head)
-            file.seek(offset)
-            return _decode(head, file.read(count * _RECORD.size))
+            yield file
     except FileNotFoundError as error:
         remedy = "a path counts from the folder of the file that names it"
         raise TraceError("no such file", remedy=remedy) from error
@@ -147,8 +169,8 @@ def _layout(head: bytes) -> tuple[int, int]:
 
 
 def _decode(head: bytes, packed: bytes) -> Trace:
-    _, _, block_count, _, offset, _, count, left_out, *_ = _HEAD.unpack_from(head)
-    blocks = _blocks(head[:offset], block_count, offset)
+    _, _, _, _, offset, _, count, left_out, *_ = _HEAD.unpack_from(head)
+    blocks = _blocks_of(head, offset)
     if len(packed) != count * _RECORD.size:
         raise _cut()
     flat = array("Q", chain.from_iterable(_RECORD.iter_unpack(packed)))
@@ -157,9 +179,10 @@ def _decode(head: bytes, packed: bytes) -> Trace:
     return Trace(blocks, locations, flat[1::2], left_out)
 
 
-def _blocks(head: bytes, block_count: int, offset: int) -> tuple[TracedBlock, ...]:
+def _blocks_of(head: bytes, offset: int) -> tuple[TracedBlock, ...]:
     """The table of blocks, which ends where the records begin."""
-    at = _HEAD.size
+    head, at = head[:offset], _HEAD.size
+    _, _, block_count, *_ = _HEAD.unpack_from(head)
     found: dict[str, TracedBlock] = {}
     for _ in range(block_count):
         if at + _BLOCK.size > len(head):

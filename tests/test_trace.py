@@ -23,6 +23,7 @@ from qpostcopy.trace import (
     decode,
     encode,
     encode_head,
+    read_blocks,
     read_trace,
 )
 
@@ -171,6 +172,16 @@ def test_a_huge_count_allocates_nothing(tmp_path: Path) -> None:
     path.write_bytes(head(count=MAX_RECORDS))
     with pytest.raises(TraceError, match="is cut off"):
         read_trace(path)
+
+
+def test_the_blocks_of_a_file_whose_records_nobody_reads(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    whole = encode(TRACE)
+    path.write_bytes(whole[:-1] + b"\xff")
+    assert read_blocks(path) == BLOCKS
+    path.write_bytes(whole[:-1])
+    with pytest.raises(TraceError, match="is cut off"):
+        read_blocks(path)
 
 
 def test_from_a_file(tmp_path: Path) -> None:

@@ -162,15 +162,21 @@ class Handler(Companion):
             raise
         attachment = Attachment(taken, core, fresh=fresh)
         self._attachment = attachment
-        state_dir = self.options.state_dir
-        untraced = await in_thread(
-            partial(recording.record, core, taken.ram_blocks, state_dir, fresh=fresh)
-        )
+        asyncio.get_running_loop().add_reader(core.done_fd, self._on_done)
         if self._is_committed():
             self._commit(attachment)
-        asyncio.get_running_loop().add_reader(core.done_fd, self._on_done)
+        untraced = await self._record(attachment)
         log.info("%s: %s", "attached" if fresh else "adopted", taken.described)
         return taken.described.model_copy(update={"untraced": untraced})
+
+    async def _record(self, attachment: Attachment) -> str | None:
+        """Begin the trace, or go on with it; why not, or None. Before any loop runs."""
+        core, blocks = attachment.core, attachment.registration.ram_blocks
+        state_dir, fresh = self.options.state_dir, attachment.fresh
+        untraced = await in_thread(partial(recording.record, core, blocks, state_dir, fresh=fresh))
+        if attachment.committed:
+            core.commit()  # once more: now the trace's time runs, if it did not before
+        return untraced
 
     def _make_core(
         self, taken: Registration, ahead_pages: int, behind_pages: int, fresh: bool

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qpostcopy.core import CoreError, HandlerCore, RamBlock
 from qpostcopy.state import FAULT_TRACE
-from qpostcopy.trace import TracedBlock, TraceError, decode, encode_head, read_trace
+from qpostcopy.trace import TracedBlock, TraceError, decode, encode_head, read_blocks
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ def _begin(path: Path, blocks: Sequence[RamBlock]) -> int:
 
 
 def _go_on(path: Path, blocks: Sequence[RamBlock]) -> int:
-    """Where the records of the trace that is there begin.
+    """Where the records of the trace that is there begin. They are not read: a guest waits.
 
     :raise TraceError: it is damaged, or not of this VM.
     """
     traced = _traced(blocks)
-    if read_trace(path).blocks != traced:
+    if read_blocks(path) != traced:
         raise TraceError(f"{path} is of other RAM blocks")
     return len(encode_head(traced))
 

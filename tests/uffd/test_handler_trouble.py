@@ -13,6 +13,7 @@ import pytest
 from qpostcopy.companion import Options
 from qpostcopy.core import CoreMemoryError, HandlerCore, LaneEnd, TargetGoneError
 from qpostcopy.lanes import LaneThreads
+from qpostcopy.process import Process
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.client import RemoteError
 from qpostcopy.uffd import handler as handler_module
@@ -122,6 +123,44 @@ def test_known_pages_are_answered_while_there_are_no_lanes() -> None:
 
     with private_directory() as directory, vm_pair(directory, memfd_backends(64 * MIB)) as pair:
         run(body(pair))
+
+
+def test_a_takeover_is_not_made_worse_by_its_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is placed already: QPC_PLACED is told though the recorder had a bug."""
+
+    class PlacedCore(FakeCore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.done_fd = os.eventfd(1, os.EFD_CLOEXEC)
+
+        def commit(self) -> None:
+            pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    process = Process.of(os.getpid())
+    assert process
+    taken = ram.Registration(process, -1, -1, ())
+    monkeypatch.setattr("qpostcopy.uffd.recording.record", fail)
+    (tmp_path / "committed").touch()
+
+    async def body() -> None:
+        told = Told(tmp_path)
+        core, placed = PlacedCore(), asyncio.Queue[object]()
+        told.handler._make_core = lambda *_: core  # type: ignore[method-assign, assignment]
+        told.handler.endpoint.emit = placed.put_nowait  # type: ignore[method-assign, assignment]
+        with pytest.raises(RuntimeError):
+            await told.handler._begin(taken, 0, 0, False)
+        assert told.handler._attachment is not None
+        assert told.handler._attachment.committed
+        async with asyncio.timeout(5):
+            assert isinstance(await placed.get(), schema.PlacedAll)
+        os.close(core.done_fd)
+
+    run_unit(body)
 
 
 # --- how the end of a loop is judged ------------------------------------------------------
