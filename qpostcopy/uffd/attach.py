@@ -72,6 +72,10 @@ class AttachTimeoutError(AttachError):
     """QEMU could not be stopped for an instant before the deadline."""
 
 
+class HelperLostError(AttachError):
+    """The helper was killed: nobody knows what it has made QEMU do."""
+
+
 #: What the helper reports -> what is raised here.
 ERRORS: dict[str, type[AttachError]] = {
     "failed": AttachError,
@@ -109,6 +113,7 @@ def obtain(
     :raise AttachRefusedError: stopped by a signal, traced, not ours to trace, not 64-bit.
     :raise AttachGoneError: there is no such process any more.
     :raise AttachTimeoutError: it could not be stopped in time.
+    :raise HelperLostError: it may have created one, or be about to.
     """
     lent = -1 if lent_fd is None else lent_fd
     reply, fd = _ask_helper("obtain", pid, lent, deadline_seconds, start_ticks)
@@ -263,7 +268,7 @@ def _start_helper(sock: socket.socket) -> subprocess.Popen[bytes]:
 
 def _read_reply(message: bytes, fds: list[int], status: int) -> tuple[int, int | None]:
     if not message:
-        raise AttachError(f"the injection helper ended (status {status}) without a word")
+        raise HelperLostError(f"the injection helper ended (status {status}) without a word")
     reply = json.loads(message)
     if "error" in reply:
         for fd in fds:

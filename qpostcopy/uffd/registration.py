@@ -50,6 +50,7 @@ from qpostcopy.uffd.attach import (
     AttachGoneError,
     AttachNotPermittedError,
     AttachTimeoutError,
+    HelperLostError,
     Obtained,
 )
 
@@ -226,9 +227,15 @@ def _obtain(
         except AttachNotPermittedError as error:
             log.info("%s: lending it %s", error, attach.DEVICE)
             obtained = _obtain_lent(record, state_dir, lender)
-    except (AttachTimeoutError, LeftInQemuError):
-        raise  # a late helper may still create one: the record stays
-    except Exception:
+    except (AttachTimeoutError, HelperLostError, LeftInQemuError):
+        raise  # there may be one yet: the record stays
+    except Exception as error:
+        if orphans := _orphans_in(record):
+            raise LeftInQemuError(
+                f"{error}; and userfaultfd {', '.join(map(str, orphans))} stays in the "
+                f"destination QEMU",
+                remedy=error.remedy if isinstance(error, QpostcopyError) else None,
+            ) from error
         _forget(state_dir)
         raise
     registration = Registration(process, obtained.uffd, obtained.fd_in_target, blocks)
@@ -395,6 +402,21 @@ def _ours_in(record: Record) -> tuple[int, ...]:
         return attach.find_orphans(record.process.pid, record.userfaults_before)
     there = attach.find_userfaultfds(record.process.pid)
     return (record.uffd_fd,) if record.uffd_fd in there else ()
+
+
+def _orphans_in(record: Record) -> tuple[int, ...]:
+    """What an attempt of ours that failed has left in QEMU, if that is still there.
+
+    :raise OSError: QEMU lives and cannot be looked at.
+    """
+    if not record.process.alive():
+        return ()
+    try:
+        return attach.find_orphans(record.process.pid, record.userfaults_before)
+    except OSError:
+        if record.process.alive():
+            raise
+        return ()
 
 
 def _close_in(process: Process, fd: int) -> None:

@@ -162,7 +162,7 @@ def test_a_late_helper_lives_on_and_leaves_nothing(
 
 def test_a_helper_that_cannot_start(target: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/true")
-    with pytest.raises(attach.AttachError, match="without a word"):
+    with pytest.raises(attach.HelperLostError, match="without a word"):
         attach.obtain(target.pid)
 
 

@@ -156,7 +156,12 @@ def test_a_take_that_cannot_be_undone_stays_on_record(
 
 
 @pytest.mark.parametrize(
-    ("error", "stays"), [(attach.AttachTimeoutError, True), (attach.AttachRefusedError, False)]
+    ("error", "stays"),
+    [
+        (attach.AttachTimeoutError, True),
+        (attach.HelperLostError, True),
+        (attach.AttachRefusedError, False),
+    ],
 )
 def test_what_a_late_helper_may_still_create_is_on_record(
     target: Victim,
@@ -177,6 +182,27 @@ def test_what_a_late_helper_may_still_create_is_on_record(
         open_one(target, initialized=False)  # and so it did
         ram.close_leftovers(target.pid, tmp_path, NO_LENDER)
     assert attach.find_userfaultfds(target.pid) == ()
+
+
+def test_what_a_helper_could_not_close_is_on_record(
+    target: Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU created one; neither could we have a duplicate, nor would QEMU close it."""
+
+    def create_only(*_: object, **__: object) -> None:
+        os.close(obtain(target.pid).uffd)
+        raise attach.AttachRefusedError("no", remedy="do")
+
+    obtain = attach.obtain
+    with monkeypatch.context() as patch:
+        patch.setattr(attach, "obtain", create_only)
+        with pytest.raises(ram.LeftInQemuError, match="no; and userfaultfd") as caught:
+            ram.take(target.pid, (), tmp_path, (), NO_LENDER)
+    assert caught.value.remedy == "do"
+    assert ram.read_record(tmp_path) is not None
+    ram.close_leftovers(target.pid, tmp_path, NO_LENDER)
+    assert attach.find_userfaultfds(target.pid) == ()
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- giving back --------------------------------------------------------------------------
