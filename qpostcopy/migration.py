@@ -18,7 +18,7 @@ from qpostcopy.config import Plan
 from qpostcopy.errors import RolledBackError
 from qpostcopy.phases import PhaseMachine
 from qpostcopy.qmp.events import Event
-from qpostcopy.qmp.schema import HandlerStats, SideFacts
+from qpostcopy.qmp.schema import Attached, HandlerStats, SideFacts
 from qpostcopy.side import COMPANION_LOST, EventBook, Role, Seen, Side
 from qpostcopy.state import MigrationState, StateDirectory
 
@@ -75,6 +75,12 @@ class Migration:
         """Something is not as it should be; the migration goes on."""
         self.warnings.append(message)
         self.say("warning", message)
+
+    def note_trace(self, attached: Attached) -> None:
+        """What a handler said of faults.trace as it began."""
+        if attached.untraced:
+            self.directory.update(untraced=True)
+            self.warn(f"the faults of this migration are not recorded: {attached.untraced}")
 
     async def wait(
         self, what: str, matches: Callable[[Seen], bool], within_seconds: float, since: int = 0

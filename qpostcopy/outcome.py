@@ -174,7 +174,8 @@ def _counters(migration: Migration, now: float) -> dict[str, object]:
 def _trace(migration: Migration, stats: HandlerStats) -> TraceReport | None:
     """The trace that the handler wrote, if it could, and if there was anything to write."""
     path = migration.directory.path / FAULT_TRACE
-    if not migration.directory.committed or not path.exists():
+    untraced = migration.state.untraced or not path.exists()
+    if not migration.directory.committed or untraced:
         return None
     return TraceReport(file=str(path), faults=stats.traced_faults, left_out=stats.untraced_faults)
 

@@ -219,8 +219,7 @@ async def attach(migration: Migration) -> None:
         ATTACH_SECONDS,
     )
     directory.update(uffd_fd=attached.uffd_fd)
-    if attached.untraced:
-        migration.warn(f"the faults of this migration are not recorded: {attached.untraced}")
+    migration.note_trace(attached)
 
 
 async def set_capabilities(migration: Migration) -> None:

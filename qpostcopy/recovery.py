@@ -350,7 +350,7 @@ async def ensure_handler(migration: Migration) -> None:
     if started or not await _is_attached(migration):
         policy, uffd_fd = migration.plan.profile.fault, migration.state.uffd_fd
         assert uffd_fd is not None, "committed without a userfaultfd"
-        await migration.destination.call(
+        adopted = await migration.destination.call(
             "qpc-adopt",
             schema.Adopt(
                 uffd_fd=uffd_fd, ahead_bytes=policy.ahead_bytes, behind_bytes=policy.behind_bytes
@@ -358,6 +358,7 @@ async def ensure_handler(migration: Migration) -> None:
             schema.Attached,
             DETACH_SECONDS,
         )
+        migration.note_trace(adopted)
     await announce_commit(migration)  # idempotent
 
 

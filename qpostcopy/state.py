@@ -102,6 +102,8 @@ class MigrationState(Model):
     #: the handler may have put a userfaultfd into the destination (its handler.json says more)
     attach_sent: bool = False
     uffd_fd: int | None = None
+    #: faults.trace is not written, or not any more
+    untraced: bool = False
     #: the destination may have been told `migrate-incoming`: it may have loaded something
     incoming_sent: bool = False
     #: the source may have been told `migrate`

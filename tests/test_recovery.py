@@ -20,7 +20,7 @@ from qpostcopy.preflight import Finding
 from qpostcopy.process import Process
 from qpostcopy.qmp.client import RemoteRefusedError
 from qpostcopy.qmp.connection import CommandError
-from qpostcopy.state import StateDirectory
+from qpostcopy.state import FAULT_TRACE, StateDirectory
 from tests.controller_runs import (
     Act,
     Killed,
@@ -225,6 +225,27 @@ def test_a_handler_that_is_dead_when_all_is_placed(
     assert world.got("destination", "qpc-adopt") == 1
     assert run.result["warnings"] == []
     assert run.result["pages"]["total"] == 256
+
+
+def test_a_successor_that_cannot_go_on_with_the_trace(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its predecessor has left is no trace that anybody should use: told, not named."""
+
+    async def kill_first(migration: Any, location: Any) -> Any:
+        (migration.directory.path / FAULT_TRACE).write_bytes(b"damaged")
+        world.sides["destination"].up = world.sides["destination"].attached = False
+        return await postcopy.complete(migration, location)
+
+    def adopt(_: World, act: Act) -> object:
+        return act().model_copy(update={"untraced": "is cut off"})
+
+    monkeypatch.setattr(controller_module, "complete", kill_first)
+    world.faults["destination", "qpc-adopt"] = adopt
+    run = migrate(start(tmp_path))
+    assert run.ended == ("completed", 0, "destination")
+    assert run.result["warnings"] == ["the faults of this migration are not recorded: is cut off"]
+    assert run.result["trace"] is None
 
 
 @pytest.mark.parametrize("lost", ["reply", "handler"])
