@@ -26,7 +26,8 @@ NAME = "qpostcopy-device-state"
 #: For `migrate` and `migrate-incoming`.
 URI = f"fd:{NAME}"
 _SOCKET = "device-state.sock"
-CONNECT_SECONDS = 5.0
+#: With LEND_SECONDS within what a controller waits for a reply: it should hear why.
+CONNECT_SECONDS = 2.0
 
 
 class NoStreamError(QpostcopyError):

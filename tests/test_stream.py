@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qpostcopy import stream
-from qpostcopy.qmp.holder import MonitorHolder
+from qpostcopy.migration import COMMAND_SECONDS
+from qpostcopy.qmp.holder import LEND_SECONDS, MonitorHolder
 from qpostcopy.qmp.sockets import CannotConnectError
 from tests.qmp.support import private_directory, run
 
@@ -56,6 +57,10 @@ def test_a_page_server_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> No
             assert list(directory.iterdir()) == []
 
     run(body)
+
+
+def test_a_controller_waits_long_enough_to_hear_why() -> None:
+    assert stream.CONNECT_SECONDS + LEND_SECONDS < COMMAND_SECONDS
 
 
 def test_nobody_listens() -> None:

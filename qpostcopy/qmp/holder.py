@@ -24,7 +24,7 @@ from qpostcopy.qmp.monitor import Monitor, MonitorConnectError, MonitorHeldError
 log = logging.getLogger(__name__)
 
 ATTEMPT_SECONDS = 60.0
-LEND_SECONDS = 5.0
+LEND_SECONDS = 2.0
 TAKE_BACK_SECONDS = 5.0
 _BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 

@@ -40,16 +40,20 @@ class Lender:
 
         :raise QpostcopyError: there is no such device, or the monitor does not take it.
         """
-        ours = _open_device()
-        try:
-            before = find_devices(self._pid)
-            self._wait(self._monitor.lend(ours, NAME))
-        finally:
-            os.close(ours)
+        before = find_devices(self._pid)
+        self._wait(self._lend())
         lent = set(find_devices(self._pid)) - set(before)
         if not lent:
             raise AttachError(f"QEMU {self._pid} took {DEVICE} and does not have it open")
         return max(lent)
+
+    async def _lend(self) -> None:
+        """Ours is open as long as this may send it: a late one must not send another's number."""
+        ours = _open_device()
+        try:
+            await self._monitor.lend(ours, NAME)
+        finally:
+            os.close(ours)
 
     def take_back(self) -> None:
         """QEMU has nothing of ours under that name any more. Idempotent.
@@ -63,6 +67,7 @@ class Lender:
         try:
             future.result(_WAIT_SECONDS)
         except (TimeoutError, concurrent.futures.CancelledError) as error:
+            future.cancel()
             raise QpostcopyError("the handler is ending") from error
 
 

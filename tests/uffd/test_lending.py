@@ -368,3 +368,28 @@ def test_a_loop_that_is_ending() -> None:
             await thread
 
     run(body)
+
+
+def test_a_loan_that_is_late_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The descriptor is ours until nobody can send it any more: its number is no other's."""
+    monkeypatch.setattr(lending, "_WAIT_SECONDS", 0.05)
+
+    async def body() -> None:
+        holder = MonitorHolder(Path("/none"), on_event=lambda _: None, on_lost=lambda _: None)
+        lender = Lender(holder, os.getpid())
+        open_at_the_end = asyncio.Queue[bool]()
+
+        async def late(fd: int, name: str) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                open_at_the_end.put_nowait(attach.is_device(Path(f"/proc/self/fd/{fd}")))
+
+        holder.lend = late  # type: ignore[method-assign]
+        with pytest.raises(QpostcopyError):
+            await asyncio.to_thread(lender.lend)
+        async with asyncio.timeout(5):
+            assert await open_at_the_end.get()
+        assert attach.find_devices(os.getpid()) == ()
+
+    run(body)
