@@ -5,8 +5,8 @@
  *
  * Found in the order of addresses by a loop of its own, because SEEK_HOLE cannot
  * be told where to stop: in a terabyte without a hole it takes ten seconds, and
- * nobody is to wait for that, the end of a session neither. Whoever comes to a page first takes it for data:
- * then it is read as zeroes, and costs a frame. */
+ * nobody is to wait for that, the end of a session neither. Whoever comes to a
+ * page first takes it for data: then it is read as zeroes, and costs a frame. */
 #include "source.h"
 
 /* --- finding ------------------------------------------------------------------------------- */
