@@ -32,7 +32,7 @@ from qpostcopy.preflight import (
 )
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
-from qpostcopy.registry import migration_at, other_migration_of, registry_lock
+from qpostcopy.registry import claim, migration_at
 from qpostcopy.report import FindingReport
 from qpostcopy.side import Role
 from qpostcopy.state import StateDirectory
@@ -133,7 +133,11 @@ async def _all_that_is_seen(
 
 
 async def inspect(migration: Migration) -> None:
-    """Learn the facts of both sides. Nothing is touched."""
+    """Learn the facts of both sides. Nothing is touched.
+
+    :raise PreflightRefusedError: another migration has one of these QEMUs. If not, they are
+        ours from here on.
+    """
     source, destination = await together(
         *(
             side.call("qpc-inspect", schema.Inspect(), schema.SideFacts)
@@ -142,20 +146,15 @@ async def inspect(migration: Migration) -> None:
     )
     migration.facts = {"source": source, "destination": destination}
     directory = migration.directory
+    qemus: dict[Role, Process] = {}
     for role, facts in migration.facts.items():
-        process = Process(pid=facts.pid, start_ticks=facts.pid_start_ticks)
-        directory.update_side(role, qemu=process, version=facts.qemu_version)
+        qemus[role] = Process(pid=facts.pid, start_ticks=facts.pid_start_ticks)
+        directory.update_side(role, version=facts.qemu_version)
     directory.update(
         ram_bytes=sum(block.size_bytes for block in source.blocks),
         unshared_bytes=source.unshared_bytes,
     )
-
-
-async def refuse_second_migration(migration: Migration) -> None:
-    """No QEMU takes part in two migrations. Our own QEMUs are in state.json already."""
-    with registry_lock():
-        other = other_migration_of(migration.directory)
-    _refuse_second(other)
+    _refuse_second(claim(directory, qemus))
 
 
 async def judge_both_sides(migration: Migration) -> None:
@@ -303,7 +302,6 @@ PREPARE: tuple[Step, ...] = (
     refuse_busy_monitors,
     start_companions,
     inspect,
-    refuse_second_migration,
     judge_both_sides,
     compile_push_order,
     hold_destination,

@@ -1,24 +1,41 @@
 """Which migrations of this host a VM is part of: no VM may be in two.
 
-Guarantee: between two controllers that begin at once, under `registry_lock`,
-one sees the other. Nothing is kept for it: the state directories tell.
+Guarantee: of two controllers that begin at once with a QEMU in common, one has
+it and the other sees that. Nothing is kept for it: the state directories tell.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qpostcopy.process import Process
 from qpostcopy.state import StateDirectory, run_directory
 
+if TYPE_CHECKING:
+    from qpostcopy.side import Role
+
+
+def claim(directory: StateDirectory, qemus: Mapping[Role, Process]) -> StateDirectory | None:
+    """Write down whose QEMUs these are, unless an unfinished migration has one: then that.
+
+    Nothing is written if there is one: it must not see us, and give way too.
+    """
+    with _registry_lock():
+        other = migration_of(set(qemus.values()), besides=directory)
+        if other is None:
+            for role, qemu in qemus.items():
+                directory.update_side(role, qemu=qemu)
+    return other
+
 
 @contextmanager
-def registry_lock() -> Iterator[None]:
-    """Serialize "is this VM already being migrated" between controllers."""
+def _registry_lock() -> Iterator[None]:
+    """One controller at a time looks and writes."""
     fd = os.open(run_directory() / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -27,14 +44,8 @@ def registry_lock() -> Iterator[None]:
         os.close(fd)
 
 
-def other_migration_of(directory: StateDirectory) -> StateDirectory | None:
-    """An unfinished migration, other than this one, that one of our QEMUs is part of."""
-    ours = {directory.state.source.qemu, directory.state.destination.qemu}
-    return migration_of(ours, besides=directory)
-
-
 def migration_of(
-    qemus: Set[Process | None], besides: StateDirectory | None = None
+    qemus: Set[Process], besides: StateDirectory | None = None
 ) -> StateDirectory | None:
     """An unfinished migration that one of these QEMUs is part of."""
     for other in StateDirectory.all():

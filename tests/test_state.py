@@ -6,6 +6,8 @@ import os
 import signal
 import stat
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import pytest
 
 from qpostcopy.phases import Phase
 from qpostcopy.process import Process
-from qpostcopy.registry import other_migration_of, registry_lock
+from qpostcopy.registry import claim
+from qpostcopy.side import Role
 from qpostcopy.state import (
     ControllerAliveError,
     StateDirectory,
@@ -131,23 +134,36 @@ def test_the_lock_reads_what_the_last_controller_wrote() -> None:
         assert late.state.uffd_fd == 7
 
 
+OURS = Process(pid=10, start_ticks=20)
+
+
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_a_second_migration_of_a_qemu_is_found(side: str) -> None:
-    ours = Process(pid=10, start_ticks=20)
+def test_a_second_migration_of_a_qemu_is_found(side: Role) -> None:
     first, second = create("one"), create("two")
-    first.update_side("source", qemu=ours)
-    second.update_side("source" if side == "source" else "destination", qemu=ours)
-    with registry_lock():
-        found = other_migration_of(second)
+    assert claim(first, {"source": OURS}) is None
+    found = claim(second, {side: OURS})
     assert found is not None
     assert found.path == first.path
+    assert claim(first, {"source": OURS}) is None, "what is refused is in nobody's way"
+
+
+def test_of_two_that_begin_at_once_one_has_the_qemu() -> None:
+    """By two monitors of one QEMU: nothing but its process tells that it is the same."""
+    both = [create("one"), create("two")]
+    begin = threading.Barrier(len(both))
+
+    def look(directory: StateDirectory) -> bool:
+        begin.wait(10)
+        return claim(directory, {"source": OURS}) is None
+
+    with ThreadPoolExecutor() as pool:
+        assert sorted(pool.map(look, both)) == [False, True]
 
 
 def test_a_reused_pid_is_another_qemu() -> None:
     first, second = create("one"), create("two")
-    first.update_side("source", qemu=Process(pid=10, start_ticks=20))
-    second.update_side("source", qemu=Process(pid=10, start_ticks=21))
-    assert other_migration_of(second) is None
+    assert claim(first, {"source": OURS}) is None
+    assert claim(second, {"source": replace(OURS, start_ticks=21)}) is None
 
 
 @pytest.mark.parametrize(
@@ -155,10 +171,9 @@ def test_a_reused_pid_is_another_qemu() -> None:
 )
 def test_only_interrupted_results_can_be_improved(status: str, unfinished: bool) -> None:
     first, second = create("one"), create("two")
-    for directory in (first, second):
-        directory.update_side("source", qemu=Process(pid=10, start_ticks=20))
+    assert claim(first, {"source": OURS}) is None
     first.write_result({"status": status})
-    assert (other_migration_of(second) is not None) is unfinished
+    assert (claim(second, {"source": OURS}) is not None) is unfinished
 
 
 def test_a_rollback_that_failed_is_not_the_end_while_the_source_lives() -> None:
