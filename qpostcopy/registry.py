@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 
 def claim(directory: StateDirectory, qemus: Mapping[Role, Process]) -> StateDirectory | None:
-    """Write down whose QEMUs these are, unless an unfinished migration has one: then that.
+    """Have these QEMUs, unless an unfinished migration has one: then that.
 
-    Nothing is written if there is one: it must not see us, and give way too.
+    That a migration knows its QEMUs is no claim: else two would see each other and both give way.
     """
     with _registry_lock():
-        other = migration_of(set(qemus.values()), besides=directory)
+        other = migration_of(set(qemus.values()), besides=directory, claimed_only=True)
         if other is None:
             for role, qemu in qemus.items():
                 directory.update_side(role, qemu=qemu)
+            directory.update(claimed=True)
     return other
 
 
@@ -45,10 +46,15 @@ def _registry_lock() -> Iterator[None]:
 
 
 def migration_of(
-    qemus: Set[Process], besides: StateDirectory | None = None
+    qemus: Set[Process], besides: StateDirectory | None = None, *, claimed_only: bool = False
 ) -> StateDirectory | None:
-    """An unfinished migration that one of these QEMUs is part of."""
+    """An unfinished migration that one of these QEMUs is part of.
+
+    :param claimed_only: not one that has yet to look whether another is there.
+    """
     for other in StateDirectory.all():
+        if claimed_only and not other.state.claimed:
+            continue
         theirs = {other.state.source.qemu, other.state.destination.qemu} - {None}
         is_ours = besides is not None and other.path == besides.path
         if qemus & theirs and not is_ours and not other.finished:

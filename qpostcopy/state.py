@@ -97,6 +97,8 @@ class MigrationState(Model):
     was_running: bool | None = None
     source: SideState
     destination: SideState
+    #: no other unfinished migration may have these QEMUs (registry.py)
+    claimed: bool = False
     #: the destination may have been told `stop` while `inmigrate`
     stop_sent: bool = False
     #: the handler may have put a userfaultfd into the destination (its handler.json says more)

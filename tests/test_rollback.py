@@ -18,6 +18,7 @@ from qpostcopy.migration import TroubleError
 from qpostcopy.preflight import Finding
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
+from qpostcopy.registry import claim
 from tests.controller_runs import (
     BEFORE_COMMIT,
     SECONDS,
@@ -117,7 +118,7 @@ def test_preflight_tells_all_its_findings(
 
 def test_a_second_migration_of_the_same_qemu_is_refused(world: World, tmp_path: Path) -> None:
     first = start(tmp_path)
-    first.update_side("source", qemu=Process(pid=1, start_ticks=1))
+    assert claim(first, {"source": Process(pid=1, start_ticks=1)}) is None
     run = migrate(start(tmp_path))
     assert run.ended == ("refused", 3, "source")
     (found,) = run.result["error"]["findings"]

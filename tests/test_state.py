@@ -150,6 +150,8 @@ def test_a_second_migration_of_a_qemu_is_found(side: Role) -> None:
 def test_of_two_that_begin_at_once_one_has_the_qemu() -> None:
     """By two monitors of one QEMU: nothing but its process tells that it is the same."""
     both = [create("one"), create("two")]
+    for directory in both:
+        directory.update_side("source", qemu=OURS)  # as its companion told it
     begin = threading.Barrier(len(both))
 
     def look(directory: StateDirectory) -> bool:
