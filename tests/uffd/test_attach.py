@@ -32,6 +32,7 @@ def target() -> Iterator[Victim]:
     """Sleeps most of the time, as QEMU's main thread does, and is well at the end."""
     with victim("ppoll") as one:
         yield one
+        one.process.send_signal(signal.SIGCONT)  # a test that failed may have left it stopped
         assert one.end().startswith("ok ")
 
 
@@ -109,7 +110,7 @@ def test_nothing_but_a_userfaultfd_is_taken_or_closed(target: Victim) -> None:
 
 
 def test_a_stopped_process_is_refused_with_its_remedy(target: Victim) -> None:
-    target.process.send_signal(signal.SIGSTOP)
+    target.stop()
     with pytest.raises(attach.AttachRefusedError, match="stopped by a signal") as caught:
         attach.obtain(target.pid)
     assert caught.value.remedy

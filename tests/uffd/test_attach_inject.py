@@ -124,8 +124,7 @@ def test_a_filter_that_would_kill_is_never_asked() -> None:
 
 def test_a_stopped_process_is_refused_and_stays_stopped() -> None:
     with victim("spin") as target:
-        target.process.send_signal(signal.SIGSTOP)
-        until(lambda: target.state == "T")
+        target.stop()
         report = inject(target.pid, 1, 1000, SYS_GETPID)
         assert (report.code, report.operation) == (REFUSED, "target is stopped by a signal")
         assert target.state == "T"
@@ -285,8 +284,7 @@ def test_facade_raises_typed_errors() -> None:
         assert inject_syscall(target.pid, SYS_GETPID, (), 1000) == target.pid
         with pytest.raises(LaneTimeoutError):
             inject_syscall(target.pid, SYS_PAUSE, (), 100)
-        target.process.send_signal(signal.SIGSTOP)
-        until(lambda: target.state == "T")
+        target.stop()
         with pytest.raises(RefusedByCoreError):
             inject_syscall(target.pid, SYS_GETPID, (), 1000)
         target.process.send_signal(signal.SIGCONT)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,14 @@ class Victim:
         said = self.process.stdout.read().strip()
         assert self.process.wait(20) == 0, said
         return said
+
+    def stop(self) -> None:
+        """SIGSTOP; on return it has stopped. SIGCONT is the caller's to send."""
+        self.process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 10
+        while self.state != "T":
+            assert time.monotonic() < deadline, "it does not stop"
+            time.sleep(0.002)
 
     @property
     def state(self) -> str:
