@@ -18,7 +18,7 @@ from tests.qmp.support import private_directory
 from tests.vm.debian import CACHE, ROOT, qemu_of
 from tests.vm.setups import PLAIN, Setup
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 SECONDS = 60.0
 GONE = 3

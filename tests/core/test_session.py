@@ -324,6 +324,7 @@ def test_a_discarded_page_reads_as_zeroes_not_as_old_content(tmp_path: Path) -> 
         assert moved.handler.stats().discarded_pages == 1
 
 
+@pytest.mark.slow
 def test_a_dead_target_is_told_as_such(tmp_path: Path) -> None:
     with rig(tmp_path, 3000, seed=7) as moved:
         session = Session(moved.handler, moved.source)

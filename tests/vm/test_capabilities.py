@@ -9,7 +9,7 @@ from qpostcopy.prepare import _OFF, _ON
 from tests.qmp.support import private_directory
 from tests.vm.setups import Setup
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
 #: Neither helps nor harms: block dirty bitmaps and the check of the VM's UUID are the operator's.
 LEFT_AS_THEY_ARE = {"dirty-bitmaps", "validate-uuid"}

@@ -16,7 +16,7 @@ from tests.vm.scene import CHUNK_BYTES, MIB, wait_until
 from tests.vm.series import Series
 from tests.vm.setups import PLAIN, ROWS
 
-pytestmark = [pytest.mark.vm, pytest.mark.root]
+pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow]
 
 DIRECT = next(row for row in ROWS if row.name == "devices-direct")
 STREAM = {"uri": "exec:cat >/dev/null"}

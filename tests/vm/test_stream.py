@@ -18,7 +18,7 @@ from tests.qmp.support import private_directory
 from tests.vm.scene import MIB, Scene
 from tests.vm.setups import Setup
 
-pytestmark = [pytest.mark.vm, pytest.mark.root]
+pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow]
 
 SIZES = (34 * MIB,)
 

@@ -27,7 +27,7 @@ from tests.vm.scene import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.vm, pytest.mark.root]
+pytestmark = [pytest.mark.vm, pytest.mark.root, pytest.mark.slow]
 
 
 @pytest.fixture

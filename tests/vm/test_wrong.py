@@ -77,9 +77,16 @@ def assert_refused(ended: Ended, findings: list[dict[str, str]], wrong: Wrong) -
     assert all(one["remedy"] for one in findings)
 
 
+#: Those that are played in the quick run, too.
+QUICK = {"private-there", "same-file", "other-size", "mapped-there", "no-incoming", "held"}
+
+
+def marks(row: Wrong) -> list[pytest.MarkDecorator]:
+    return [] if row.name in QUICK and not row.migrate else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
-    "wrong",
-    [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.migrate) for row in ROWS],
+    "wrong", [pytest.param(row, id=row.name, marks=marks(row)) for row in ROWS]
 )
 def test_refused(directory: Path, wrong: Wrong) -> None:
     with wrong.played(directory) as scene:
