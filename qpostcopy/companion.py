@@ -5,8 +5,8 @@
 
 Guarantees: the control socket works whether or not QEMU answers (a destination
 in postcopy may hang until we serve it); readiness is told once, on a pipe, with
-the reason if there is none; the death of a controller, of its terminal, or of
-the monitor ends nothing here; QEMU's own end is noticed through a pidfd.
+the reason if there is none; once that was heard, the death of a controller, of its
+terminal, or of the monitor ends nothing here; QEMU's own end is noticed through a pidfd.
 """
 
 from __future__ import annotations
@@ -117,9 +117,11 @@ class Companion:
             self._tell({"desc": str(error)} | error_data(error))
             await self._close()
             raise
-        self._tell(None)
-        log.info("%s %s: serving QEMU %d", self.role, __version__, self.pid)
-        await self._quit.wait()
+        if self._tell(None):
+            log.info("%s %s: serving QEMU %d", self.role, __version__, self.pid)
+            await self._quit.wait()
+        else:
+            log.warning("whoever started us is dead and may not have written us down: we end")
         await self._close()
 
     async def close_service(self) -> None:
@@ -166,14 +168,17 @@ class Companion:
             await asyncio.wait(self._tasks)
         self._forget_pidfd()
 
-    def _tell(self, problem: dict[str, object] | None) -> None:
-        """One line on the readiness pipe: `ready`, or the error as JSON."""
+    def _tell(self, problem: dict[str, object] | None) -> bool:
+        """One line on the readiness pipe: `ready`, or the error as JSON. Whether anybody reads."""
         if self.options.ready_fd is None:
-            return
+            return True
         line = "ready" if problem is None else json.dumps(problem)
-        pipe = os.fdopen(self.options.ready_fd, "wb", buffering=0)
-        with pipe, contextlib.suppress(OSError):  # whoever started us may be dead already
-            pipe.write(line.encode() + b"\n")
+        with os.fdopen(self.options.ready_fd, "wb", buffering=0) as pipe:
+            try:
+                pipe.write(line.encode() + b"\n")
+            except OSError:
+                return False
+        return True
 
     # --- QEMU -------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from qpostcopy.qmp import schema
 from qpostcopy.qmp.client import EndpointClient, EndpointConnectError, rebuild_error
 from qpostcopy.qmp.connection import EXECUTE_SECONDS, ConnectionLostError
 from qpostcopy.qmp.events import Event
+from qpostcopy.qmp.sockets import CannotConnectError, connect_socket, peer_pid
 from qpostcopy.state import StateDirectory
 
 log = logging.getLogger(__name__)
@@ -255,14 +256,18 @@ class Side:
         return hello.monitor == "held" or not monitor
 
     async def _connect_living(self, monitor: bool) -> bool:
-        """Connect to the companion that state.json knows, if it lives and answers.
+        """Connect to the companion that is there already, if it lives and answers.
 
         One that lives and does not answer is ended: two would be worse than none.
         """
         companion = self._directory.state.side(self.role).companion
         if companion is None or not companion.alive():
             self._reap()
-            return False
+            companion = await self._unrecorded()
+            if companion is None:
+                return False
+            log.warning("%s (pid %d) was never written down", self.name, companion.pid)
+            self._directory.update_side(self.role, companion=companion)
         with suppress(EndpointConnectError):
             client = await EndpointClient.connect(self.control, RECONNECT_SECONDS)
             if await self._answers(client, monitor):
@@ -273,6 +278,15 @@ class Side:
         await asyncio.to_thread(companion.kill, QUIT_SECONDS)
         self._reap()
         return False
+
+    async def _unrecorded(self) -> Process | None:
+        """Whoever listens on our control socket: its controller died before it noted that."""
+        deadline = asyncio.get_running_loop().time() + RECONNECT_SECONDS
+        try:
+            with await connect_socket(self.control, f"the {self.name}", deadline) as sock:
+                return Process.of(peer_pid(sock))
+        except CannotConnectError:
+            return None
 
     async def _start(self) -> None:
         ready_read, ready_write = os.pipe2(os.O_CLOEXEC)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from qpostcopy.lab.vm import Vm, VmSpec
 from qpostcopy.process import Process
 from qpostcopy.side import EventBook, Side
 from qpostcopy.state import StateDirectory
+from tests.companions import MIB, CompanionProcess, memfd_backends
+from tests.qmp.support import private_directory
 
 
 @pytest.fixture
@@ -40,3 +45,52 @@ def test_the_command_line_of_a_qemu(side: Side) -> None:
 
 def test_no_connection_is_no_answer(side: Side) -> None:
     assert asyncio.run(side.answers(1.0)) is False
+
+
+@pytest.mark.vm
+@pytest.mark.root
+def test_a_companion_that_nobody_wrote_down_is_found() -> None:
+    """Its controller died between its start and the note: two of them would help nobody."""
+    with private_directory() as path, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QPOSTCOPY_RUN_DIR", str(path / "run"))
+        with Vm("vm", VmSpec(memfd_backends(32 * MIB), paused=True), path) as vm:
+            directory = StateDirectory.create(
+                "web1",
+                plan_text="version: 1\n",
+                profile="sequential",
+                source_qmp=vm.qmp_path,
+                destination_qmp=vm.qmp_path,
+            )
+            lost = CompanionProcess("page-server", vm, directory.path)
+
+            async def body() -> None:
+                await lost.start()
+                await lost.hang_up()
+                side = Side("source", directory, EventBook(), None)
+                assert await side.ensure() is False, "no second one was started"
+                companion = directory.state.source.companion
+                assert lost.process is not None
+                assert companion == Process.of(lost.process.pid)
+                await side.quit()
+                assert await lost.wait() == 0
+
+            try:
+                asyncio.run(body())
+            finally:
+                lost.end()
+
+
+@pytest.mark.vm
+@pytest.mark.root
+def test_a_companion_ends_if_nobody_hears_that_it_is_ready() -> None:
+    spec = VmSpec(memfd_backends(32 * MIB), paused=True)
+    with private_directory() as path, Vm("vm", spec, path) as vm:
+        read_fd, write_fd = os.pipe()
+        command = [sys.executable, "-m", "qpostcopy", "page-server", "--id", "t-1"]
+        command += ["--qmp", str(vm.qmp_path), "--state-dir", str(path)]
+        command += ["--control", str(path / "c.sock"), "--ready-fd", str(write_fd)]
+        os.close(read_fd)
+        ended = subprocess.run(command, pass_fds=[write_fd], stderr=subprocess.PIPE, timeout=30)
+        os.close(write_fd)
+        assert b"whoever started us is dead" in ended.stderr
+        assert not (path / "c.sock").exists()
