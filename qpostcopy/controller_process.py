@@ -28,6 +28,8 @@ from qpostcopy.errors import ExitCode, QpostcopyError
 from qpostcopy.process import Process
 from qpostcopy.state import StateDirectory
 
+log = logging.getLogger(__name__)
+
 #: Longest wait for whoever started us to connect.
 GO_SECONDS = 30.0
 
@@ -54,6 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     except QpostcopyError as error:
         print(f"qpostcopy: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # no room for the state, most likely
+        log.exception("the state directory cannot be used")
+        print(f"qpostcopy: error: {error}", file=sys.stderr)
+        return ExitCode.UNEXPECTED
 
 
 def _report_finished(directory: StateDirectory, ready_fd: int | None) -> int:

@@ -20,8 +20,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from qpostcopy.errors import (
     ExitCode,
     QpostcopyError,
@@ -218,7 +216,8 @@ class StateDirectory:
                 f"{path}/state.json may not be read by you: {error.strerror}",
                 remedy="ask as the user who started the migration, or as root",
             ) from error
-        except (OSError, ValidationError) as error:
+        # ValueError: pydantic's, and bytes that are no text.
+        except (OSError, ValueError, RecursionError) as error:
             raise StateUnreadableError(
                 f"{path}/state.json cannot be read ({error.__class__.__name__}): where the VM is, "
                 "is unknown to us",

@@ -88,10 +88,11 @@ def test_unknown_fields_are_our_bug() -> None:
         create().update(uffd=1)
 
 
-def test_the_commit_is_a_file_of_its_own() -> None:
+@pytest.mark.parametrize("content", [b"nonsense", b"", b"[]", b"\xff\0\xfe", b"[" * 100_000])
+def test_the_commit_is_a_file_of_its_own(content: bytes) -> None:
     directory = create()
     directory.record_commit()
-    (directory.path / "state.json").write_text("nonsense")
+    (directory.path / "state.json").write_bytes(content)
     assert directory.committed
     with pytest.raises(StateUnreadableError, match="cannot be read"):
         StateDirectory.open(directory.path)

@@ -15,7 +15,7 @@ import sys
 import time
 
 from qpostcopy.cli.signals import Signals
-from qpostcopy.errors import QpostcopyError
+from qpostcopy.errors import ExitCode, QpostcopyError
 from qpostcopy.state import StateDirectory
 
 START_SECONDS = 20.0
@@ -25,6 +25,12 @@ _TERMINATE_SECONDS = 2.0
 
 class ControllerStartError(QpostcopyError):
     """The controller process did not start; nothing was touched."""
+
+
+class NotResumedError(ControllerStartError):
+    """As that, of a migration that is committed: its guest waits for a controller."""
+
+    exit_code = ExitCode.INTERRUPTED
 
 
 class ControllerProcess:
@@ -62,9 +68,12 @@ class ControllerProcess:
         else:
             last = log_path.read_text(errors="replace").strip().rpartition("\n")[2]
             reason = last or "it says nothing"
-        raise ControllerStartError(
-            f"the controller did not start (nothing was touched): {reason}",
-            remedy=f"its log is {log_path}",
+        kind = NotResumedError if directory.committed else ControllerStartError
+        untouched = "it changed nothing" if resume else "nothing was touched"
+        again = f"; then: qpostcopy resume {directory.migration_id}" if resume else ""
+        raise kind(
+            f"the controller did not start ({untouched}): {reason}",
+            remedy=f"its log is {log_path}: mend what it says{again}",
         )
 
     def go(self) -> None:

@@ -192,6 +192,21 @@ def test_a_controller_that_does_not_come_up_is_ended(
     assert children[0].returncode == -signal.SIGTERM
 
 
+@pytest.mark.parametrize(("committed", "code"), [(False, 1), (True, 10)])
+def test_a_controller_that_cannot_resume(
+    directory: StateDirectory, monkeypatch: pytest.MonkeyPatch, committed: bool, code: int
+) -> None:
+    """A full disk, say: the guest of a committed migration waits, and `resume` is the way."""
+    sleeping(monkeypatch)
+    monkeypatch.setattr(starter, "START_SECONDS", 0.3)
+    if committed:
+        directory.record_commit()
+    with pytest.raises(ControllerStartError, match="it changed nothing") as caught:
+        ControllerProcess.start(directory, Signals(), resume=True)
+    assert caught.value.exit_code == code
+    assert f"qpostcopy resume {directory.migration_id}" in str(caught.value.remedy)
+
+
 def test_a_second_signal_ends_a_start_that_hangs(
     directory: StateDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
