@@ -15,13 +15,28 @@ from qpostcopy.process import Process
 from qpostcopy.report import Location
 from qpostcopy.state import SideState, StateDirectory
 
+#: Run states of a QEMU whose VM is not there: it was given away, or has yet to come.
+_WITHOUT_VM = frozenset({"postmigrate", "inmigrate"})
 
-def moved_before(source_qmp: str, destination_qmp: str, source_qemu: Process | None) -> Location:
+
+def moved_before(
+    source_qmp: str,
+    destination_qmp: str,
+    source_qemu: Process | None,
+    source_status: str | None = None,
+) -> Location:
     """Where the VM is: at its source, unless a committed migration took it from there.
 
     :param source_qemu: who listens at `source_qmp` now, if that is known: one that was
         started since is a source like any other.
+    :param source_status: its run state, if that is known; what this host does not remember
+        may show in it.
     """
+    place = _remembered(source_qmp, destination_qmp, source_qemu)
+    return "unknown" if place == "source" and source_status in _WITHOUT_VM else place
+
+
+def _remembered(source_qmp: str, destination_qmp: str, source_qemu: Process | None) -> Location:
 
     def is_source(side: SideState) -> bool:
         return _is_at(side, source_qmp) if source_qemu is None else side.qemu == source_qemu

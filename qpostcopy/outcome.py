@@ -76,7 +76,10 @@ def after_rollback(migration: Migration, location: Location, error: Exception) -
     status = _status_before_commit(migration, error)
     if status in (ResultStatus.REFUSED, ResultStatus.ERROR):  # it stays where it was
         ours, there = migration.state.source, migration.state.destination
-        location = moved_before(ours.qmp, there.qmp, ours.qemu)
+        facts = migration.facts.get("source")
+        location = moved_before(
+            ours.qmp, there.qmp, ours.qemu, None if facts is None else facts.run_status
+        )
     return Outcome(status, location, Phase.ROLLED_BACK, error)
 
 

@@ -88,3 +88,10 @@ def test_a_socket_may_be_written_in_many_ways() -> None:
     left = moved("/nowhere/../a", "/b", source_qemu=NOBODY)
     for qemu in (left, None):
         assert moved_before("/a", "/nowhere/../b", qemu) == "destination"
+
+
+@pytest.mark.parametrize("status", ["postmigrate", "inmigrate"])
+def test_a_source_without_its_vm_is_not_where_it_is(status: str) -> None:
+    """Moved by somebody else, or remembered elsewhere."""
+    assert moved_before("/a", "/b", None, status) == "unknown"
+    assert moved_before("/a", "/b", None, "running") == "source"

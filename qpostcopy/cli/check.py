@@ -70,7 +70,7 @@ async def _look(plan: Plan, stream: Stream) -> Seen:
     )
     source, destination = (facts for facts, _ in looked)
     if source is not None:
-        stream.source_qemu = _process(source)
+        stream.source_qemu, stream.source_status = _process(source), source.run_status
     found = [finding for _, finding in looked if finding is not None]
     if (second := _second(source, destination)) is not None:
         return Seen(source, destination, [second], [])

@@ -45,6 +45,7 @@ class Stream:
     :ivar directory: of the migration, once the verb knows it.
     :ivar plan: of a verb that begins one, once it was read.
     :ivar source_qemu: the one that listens at the plan's source, once that is known.
+    :ivar source_status: its run state then.
     :ivar lost: why stdout cannot be written, if it cannot.
     """
 
@@ -53,6 +54,7 @@ class Stream:
         self.directory: StateDirectory | None = None
         self.plan: Plan | None = None
         self.source_qemu: Process | None = None
+        self.source_status: str | None = None
         self.lost: OSError | None = None
         self._starts = starts
         self._ended = False
@@ -123,7 +125,9 @@ class Stream:
         """Where the VM is, as far as can be told without asking anybody."""
         if self.directory is not None:
             return place_of(self.directory)
-        return "unknown" if self.plan is None else place_before(self.plan, self.source_qemu)
+        if self.plan is None:
+            return "unknown"
+        return place_before(self.plan, self.source_qemu, self.source_status)
 
 
 def head(kind: str, migration_id: str | None) -> Message:
@@ -131,13 +135,16 @@ def head(kind: str, migration_id: str | None) -> Message:
     return {"v": 1, "type": kind, "ts": round(time.time(), 6), "migration_id": migration_id}
 
 
-def place_before(plan: Plan, source_qemu: Process | None) -> Location:
+def place_before(
+    plan: Plan, source_qemu: Process | None, source_status: str | None = None
+) -> Location:
     """Where earlier migrations left a VM; `unknown` if what they wrote cannot be looked at."""
     from qpostcopy.history import moved_before
     from qpostcopy.state import RunDirectoryError
 
+    source, destination = str(plan.source.qmp), str(plan.destination.qmp)
     try:
-        return moved_before(str(plan.source.qmp), str(plan.destination.qmp), source_qemu)
+        return moved_before(source, destination, source_qemu, source_status)
     except RunDirectoryError:
         return "unknown"
 

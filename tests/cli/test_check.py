@@ -32,10 +32,12 @@ def facts(monkeypatch: pytest.MonkeyPatch, source: SideFacts, destination: SideF
     monkeypatch.setattr(check, "_facts", look)
 
 
-def run(plan: Path, capsys: pytest.CaptureFixture[str], rc: int) -> dict[str, Any]:
+def run(
+    plan: Path, capsys: pytest.CaptureFixture[str], rc: int, place: str = "source"
+) -> dict[str, Any]:
     assert main.run(["check", str(plan), "--json"]) == rc
     told = documented(capsys.readouterr().out)
-    assert (told["type"], told["rc"], told["vm_location"]) == ("result", rc, "source")
+    assert (told["type"], told["rc"], told["vm_location"]) == ("result", rc, place)
     return told
 
 
@@ -68,7 +70,7 @@ def test_a_side_that_can_be_reached_is_judged_alone(
         return await whole(role, side)
 
     monkeypatch.setattr(check, "_facts", look)
-    found = run(plan, capsys, 3)["findings"]
+    found = run(plan, capsys, 3, "unknown")["findings"]
     assert {f["code"] for f in found} == {"monitor-absent", "source-not-movable"}
 
 

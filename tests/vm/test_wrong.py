@@ -70,7 +70,7 @@ def run(scene: Scene, wrong: Wrong, *arguments: str) -> Ended:
 
 
 def assert_refused(ended: Ended, findings: list[dict[str, str]], wrong: Wrong) -> None:
-    assert ended.ended == ("refused", 3, "source"), ended.out + ended.err
+    assert ended.ended == ("refused", 3, wrong.place), ended.out + ended.err
     found = sorted(f"{one['side']} {one['code']}" for one in findings)
     assert found == sorted(wrong.found), ended.err
     assert any(wrong.says in one["message"] for one in findings), ended.err

@@ -33,6 +33,7 @@ class Wrong:
     :ivar sockets: of the plan, by role, where they are not the usual ones.
     :ivar migrate: what `migrate` says is looked at, too: where it takes a way of its own to
         the same findings, or would do the most harm. Takes longer.
+    :ivar place: where the VM is said to be.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Wrong:
     meanwhile: Meanwhile = lambda _: nullcontext()
     through: Through = lambda _: []
     migrate: bool = False
+    place: str = "source"
 
     @contextmanager
     def played(self, directory: Path) -> Iterator[Scene]:
@@ -177,9 +179,10 @@ ROWS: tuple[Wrong, ...] = (
     Wrong("running", ("destination destination-not-waiting",), "running",
           destination={"incoming": False}),
     Wrong("swapped", ("source source-not-movable", "destination destination-not-waiting"),
-          "inmigrate", source={"incoming": True}, destination={"incoming": False}),
+          "inmigrate", source={"incoming": True}, destination={"incoming": False},
+          migrate=True, place="unknown"),
     Wrong("migrated", ("source source-not-movable", "destination destination-not-waiting"),
-          "postmigrate", meanwhile=spoil.migrated_already),
+          "postmigrate", meanwhile=spoil.migrated_already, migrate=True, place="unknown"),
     Wrong("listening", ("destination migration-under-way",), "setup",
           meanwhile=spoil.told_where_to_listen),
     Wrong("saving", ("source migration-under-way",), "active", meanwhile=spoil.saving),
