@@ -124,6 +124,7 @@ def held_kib(pid: int) -> int:
     return sum(int(kib) for kib in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.M))
 
 
+@pytest.mark.slow
 def test_what_a_handler_holds_does_not_grow_with_what_it_has_served() -> None:
     """Thousands of faults answered, then the rest of 160 MiB pushed: no allocation for each."""
     pages = 160 * MIB // PAGE

@@ -352,10 +352,8 @@ class Balloon:
                 return
 
 
-@pytest.mark.parametrize(
-    ("init_on_alloc", "killed"),
-    [(0, True), pytest.param(0, False, marks=SLOW), pytest.param(1, True, marks=SLOW)],
-)
+@SLOW
+@pytest.mark.parametrize(("init_on_alloc", "killed"), [(0, True), (0, False), (1, True)])
 def test_a_balloon_at_work(directory: Path, init_on_alloc: int, killed: bool) -> None:
     """With init_on_alloc the guest's kernel writes a page before it gives it away, so that
     it was placed; without it most were never there."""
