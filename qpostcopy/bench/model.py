@@ -13,13 +13,14 @@ when the operator's command was given.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import Field
 
 from qpostcopy.bench.limits import Limits
 from qpostcopy.qmp.schema import Model
 
-VERSION = 1
+VERSION: Literal[1] = 1
 
 
 class Engine(StrEnum):
@@ -94,7 +95,7 @@ class Subject(Model):
 class Session(Model):
     """One invocation.
 
-    :ivar rates: by QEMU, the rate of `service` in requests a second, calibrated once.
+    :ivar rates: by QEMU/MiB, the rate of `service` in requests a second, calibrated once.
     :ivar limits: by link, what the machine can do without any engine.
     """
 
@@ -192,7 +193,7 @@ class Portrait(Model):
 class Book(Model):
     """All of it, the oldest first."""
 
-    v: int = VERSION
+    v: Literal[1] = VERSION
     sessions: tuple[Session, ...] = ()
     runs: tuple[Run, ...] = ()
     portraits: tuple[Portrait, ...] = ()

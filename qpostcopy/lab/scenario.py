@@ -9,18 +9,13 @@ command says of itself. Nothing outlives the scenario unless it is asked to.
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple, Self
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import yaml
 
@@ -34,11 +29,10 @@ from qpostcopy.lab.leftovers import (
     userfaultfds,
 )
 from qpostcopy.lab.measure import GuestCost, Measurement
+from qpostcopy.lab.operator import Message, run_migrate
 from qpostcopy.lab.vm import Backend, Boot, Vm, VmSpec
 from qpostcopy.lab.warm import touch_and_free
 from qpostcopy.report import Result
-
-Message = dict[str, Any]
 
 DOWNTIME_LIMIT_MS = 50.0
 #: What the guest can be told to do (scripts/guest/workload.c).
@@ -177,19 +171,11 @@ class Scenario:
 
         :raise ScenarioError: it ended without a result.
         """
-        command = [sys.executable, "-m", "qpostcopy", "migrate", str(plan), "--json"]
-        environment = os.environ | {"QPOSTCOPY_RUN_DIR": str(self.run_directory)}
-        with (
-            # A group of its own: it gets the signals that we hand on, once.
-            subprocess.Popen(
-                command, stdout=subprocess.PIPE, env=environment, process_group=0
-            ) as child,
-            _handed_on(child),
-        ):
-            assert child.stdout
-            for line in child.stdout:
-                self._take_message(json.loads(line), show)
-            status = child.wait()
+
+        def take(message: Message) -> None:
+            self._take_message(message, show)
+
+        status = run_migrate(plan, self.run_directory, take).status
         if not self.result:
             raise ScenarioError(f"`qpostcopy migrate` ended with {status} and without a result")
         return status
@@ -323,22 +309,3 @@ def _check_downtime(result: Result) -> Check:
         "unknown" if downtime_ms is None else f"{downtime_ms:.1f} ms",
         decides=False,
     )
-
-
-class _handed_on:
-    """While open, SIGINT and SIGTERM that reach us go to a child, whose result we want."""
-
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
-        self._child = child
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._hand_on)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _hand_on(self, number: int, _frame: FrameType | None) -> None:
-        self._child.send_signal(number)

@@ -72,6 +72,7 @@ class Boot:
 class VmSpec:
     """How a QEMU is to be started. Several backends become one NUMA node each.
 
+    :ivar netns: the network namespace (ip-netns(8)) that QEMU runs in; None: ours.
     :ivar user: uid and gid that QEMU runs as, without any right; None: ours. The VM's directory
         then belongs to that user, as an operator's /run/vm would, and must be reachable for it.
     """
@@ -85,6 +86,7 @@ class VmSpec:
     accelerator: str = "tcg"
     more: tuple[str, ...] = ()
     user: int | None = None
+    netns: str | None = None
     outlives_us: bool = False
 
     @property
@@ -324,6 +326,9 @@ class Vm:
             options += [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
         if options:
             arguments = ["setpriv", *options, "--", *arguments]
+        if self.spec.netns is not None:
+            # First of all: entering takes rights that setpriv may give up.
+            arguments = ["nsenter", f"--net=/run/netns/{self.spec.netns}", "--", *arguments]
 
         def spawn() -> subprocess.Popen[bytes]:
             with self.log_path.open("wb") as log:
