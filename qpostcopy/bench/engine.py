@@ -67,6 +67,11 @@ class Moved:
 class Mover(Protocol):
     """An engine. Has nothing to say about the time it took: that is taken from outside."""
 
+    @property
+    def shared_ram(self) -> bool:
+        """Whether guest RAM is to be a shared file; else it is QEMU's default."""
+        ...
+
     def prepare(self, pair: Pair) -> None:
         """What need not be timed: settings of the waiting QEMU that cost the guest nothing."""
         ...

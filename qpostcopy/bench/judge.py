@@ -104,7 +104,9 @@ def _moved(runs: Iterable[Run]) -> set[int]:
     for run in runs:
         if run.baseline is not None:
             cell = run.cell
-            groups[run.session, cell.qemu, cell.workload, cell.memory_mib].append(run)
+            # By engine, too: guest RAM is not of the same kind for all of them.
+            key = (run.session, cell.engine, cell.qemu, cell.workload, cell.memory_mib)
+            groups[key].append(run)
     return {id(run) for group in groups.values() for run in group if _is_off(run, group)}
 
 

@@ -20,6 +20,7 @@ class OwnEngine:
     """:ivar precopy: `precopy.mode` of the plan."""
 
     precopy: str = "never"
+    shared_ram: bool = True
 
     def prepare(self, pair: Pair) -> None:
         """Nothing: all that `migrate` does is timed."""

@@ -34,12 +34,14 @@ class QemuEngine:
     :ivar passes: of pre-copy before that.
     :ivar preempt: with a channel of its own for pages that are waited for.
     :ivar give_up_seconds: pre-copy that has not converged by then is cancelled.
+    :ivar shared_ram: with which kind of RAM it is faster was measured (docs/benchmarks.md).
     """
 
     postcopy: bool
     preempt: bool = False
     passes: int = 0
     give_up_seconds: float = 30.0
+    shared_ram: bool = False
 
     def prepare(self, pair: Pair) -> None:
         _set_capabilities(pair.destination.observer, self._capabilities(blocktime=True))
