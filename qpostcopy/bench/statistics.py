@@ -77,6 +77,25 @@ def ratio_of(one: Summary, other: Summary) -> Ratio | None:
     return Ratio(one.median / other.median, one.low / other.high, one.high / other.low)
 
 
+def chance_apart(one: int, other: int) -> float:
+    """How likely the intervals of so many and so many values do not overlap though nothing differs.
+
+    The j values of the other sample below an order statistic of the first one are distributed
+    negative hypergeometrically (David and Nagaraja, Order Statistics, 2.1 and 11.4).
+    """
+    return _below(one, other) + _below(other, one)
+
+
+def _below(one: int, other: int) -> float:
+    """The chance that the first interval ends where the second has not begun yet."""
+    left_out = _inward(one)
+    ways = sum(
+        comb(one - left_out - 1 + below, below) * comb(left_out + other - below, other - below)
+        for below in range(_inward(other) + 1)
+    )
+    return ways / comb(one + other, other)
+
+
 def _inward(count: int) -> int:
     """How many values at each end may be left out."""
     outside, inward = 2 * 0.5**count, 0

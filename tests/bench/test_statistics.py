@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 
-from qpostcopy.bench.statistics import Summary, ratio_of, summarize
+from qpostcopy.bench.statistics import Summary, chance_apart, ratio_of, summarize
 
 
 def test_five_values_span_from_the_least_to_the_greatest() -> None:
@@ -62,3 +62,21 @@ def test_the_same_twice_is_one() -> None:
     ratios = [ratio_of(one, other) for one, other in zip(ones, others, strict=True)]
     assert sum(ratio is not None and ratio.is_one for ratio in ratios) >= 195
     assert median(ratio.ratio for ratio in ratios if ratio) == pytest.approx(1.0, abs=0.05)
+
+
+def test_five_and_five_values_are_seldom_apart() -> None:
+    assert chance_apart(1, 1) == 1.0
+    assert chance_apart(3, 3) == pytest.approx(2 / 20)
+    assert chance_apart(5, 5) == pytest.approx(2 / 252)
+
+
+@pytest.mark.parametrize(("one", "other"), [(3, 5), (5, 5), (8, 8), (11, 8), (14, 5)])
+def test_intervals_of_the_same_are_apart_as_often_as_is_said(one: int, other: int) -> None:
+    dice = random.Random(one)
+    apart, tries = 0, 20_000
+    for _ in range(tries):
+        left = summarize([dice.random() for _ in range(one)])
+        right = summarize([dice.random() for _ in range(other)])
+        apart += not left.agrees(right)
+    assert apart / tries == pytest.approx(chance_apart(one, other), rel=0.3, abs=0.002)
+    assert chance_apart(one, other) == pytest.approx(chance_apart(other, one))
