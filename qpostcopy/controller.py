@@ -22,7 +22,7 @@ import time
 from typing import Literal
 
 from qpostcopy import __version__
-from qpostcopy.config import Plan
+from qpostcopy.config import Plan, SidePlan
 from qpostcopy.errors import (
     BeforeSwitchTimeoutError,
     ExitCode,
@@ -50,7 +50,7 @@ from qpostcopy.qmp import schema
 from qpostcopy.qmp.server import Endpoint
 from qpostcopy.recovery import give_up_destination, leave_companions, roll_back, take_back_commit
 from qpostcopy.report import Location, Result, ResultStatus
-from qpostcopy.side import EventBook, Side
+from qpostcopy.side import EventBook, Role, Side
 from qpostcopy.state import CONTROL_SOCKET as CONTROL_SOCKET
 from qpostcopy.state import PhaseStamp, StateDirectory
 from qpostcopy.stream import socket_path
@@ -80,15 +80,13 @@ class Controller:
         self._outcome: Outcome | None = None
         self._result: dict[str, object] | None = None
         book = EventBook()
-        pids = {"source": plan.source.pid, "destination": plan.destination.pid}
-        hints = {role: pid if isinstance(pid, int) else None for role, pid in pids.items()}
         self._migration = Migration(
             directory=directory,
             plan=plan,
             machine=PhaseMachine(directory.state.phase, self._on_phase),
             book=book,
-            source=Side("source", directory, book, hints["source"]),
-            destination=Side("destination", directory, book, hints["destination"]),
+            source=_side("source", directory, book, plan.source),
+            destination=_side("destination", directory, book, plan.destination),
             say=self._say,
         )
 
@@ -354,6 +352,11 @@ class Controller:
             self._migration.machine.set(outcome.phase)
         self._send("result", **self._result)
         return result
+
+
+def _side(role: Role, directory: StateDirectory, book: EventBook, plan: SidePlan) -> Side:
+    pid = plan.pid if isinstance(plan.pid, int) else None
+    return Side(role, directory, book, pid, plan.netns)
 
 
 async def _cancel(*tasks: asyncio.Future[None]) -> None:

@@ -24,6 +24,7 @@ from typing import Literal, TypeVar
 
 from qpostcopy.environment import LOG_LEVEL_VARIABLE
 from qpostcopy.errors import QpostcopyError, StateLostError
+from qpostcopy.netns import expect_enterable, inside
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.client import EndpointClient, EndpointConnectError, rebuild_error
@@ -110,16 +111,23 @@ class Side:
     """One side on this host.
 
     :param plan_pid: QEMU's pid if the plan names it; else whoever listens on its socket.
+    :param netns: the network namespace that its companions are started in; None: ours.
     """
 
     def __init__(
-        self, role: Role, directory: StateDirectory, book: EventBook, plan_pid: int | None
+        self,
+        role: Role,
+        directory: StateDirectory,
+        book: EventBook,
+        plan_pid: int | None,
+        netns: str | None = None,
     ) -> None:
         self.role: Role = role
         self.name = COMPANIONS[role]
         self._directory = directory
         self._book = book
         self._plan_pid = plan_pid
+        self._netns = netns
         self._client: EndpointClient | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -140,7 +148,7 @@ class Side:
         :param monitor: one that has lost its QEMU's monitor will not do.
 
         :raise CompanionStartError: it could not be started.
-        :raise RefusedError: it could not get its QEMU's monitor.
+        :raise RefusedError: it could not get its QEMU's monitor, or into its network namespace.
         """
         if self._client is not None and self._client.connected:
             if await self._answers(self._client, monitor):
@@ -289,6 +297,7 @@ class Side:
             return None
 
     async def _start(self) -> None:
+        await asyncio.to_thread(expect_enterable, self._netns)
         ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
         try:
             self._child = self._spawn(ready_write)
@@ -314,7 +323,7 @@ class Side:
             self._directory.update_side(self.role, qemu=qemu)
 
     def _spawn(self, ready_fd: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "qpostcopy", self.name]
+        command = [*inside(self._netns), sys.executable, "-m", "qpostcopy", self.name]
         command += ["--qmp", self._directory.state.side(self.role).qmp]
         if (pid := self.qemu.pid if self.qemu else self._plan_pid) is not None:
             command += ["--pid", str(pid)]

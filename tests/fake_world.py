@@ -87,7 +87,12 @@ class World:
         return self.log.count((role, command))
 
     def make_side(
-        self, role: Role, directory: StateDirectory, book: EventBook, plan_pid: int | None
+        self,
+        role: Role,
+        directory: StateDirectory,
+        book: EventBook,
+        plan_pid: int | None,
+        netns: str | None,
     ) -> FakeSide:
         """In place of the class Side: a new connection, to a companion that may live already."""
         side = FakeSide(self, role, directory, book)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qpostcopy.inspect import QemuGoneError
 from qpostcopy.migration import error_code
+from qpostcopy.netns import NetnsAbsentError, NetnsClosedError
 from qpostcopy.qmp.monitor import (
     MonitorAbsentError,
     MonitorConnectError,
@@ -21,6 +22,8 @@ RAISED = (
     MonitorConnectError,
     MonitorForeignError,
     MonitorHeldError,
+    NetnsAbsentError,
+    NetnsClosedError,
     QemuGoneError,
 )
 

@@ -118,10 +118,12 @@ async def _facts(
     from qpostcopy.errors import QpostcopyError
     from qpostcopy.inspect import gather_facts
     from qpostcopy.migration import error_code
+    from qpostcopy.netns import expect_enterable
     from qpostcopy.preflight import unreachable
     from qpostcopy.qmp.monitor import Monitor
 
     try:
+        await asyncio.to_thread(expect_enterable, side.netns)
         # As long as `migrate` will wait.
         monitor = await Monitor.connect(side.qmp, FIRST_ANSWER_SECONDS)
         try:

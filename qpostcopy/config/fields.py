@@ -31,6 +31,9 @@ SOCKET_PATH_BYTES = 107
 MAX_PID = 1 << 22
 MAX_BYTES = 1 << 62
 
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+_SAFE_NAME_WORDS = "up to 48 letters, digits, dots, dashes and underscores, a letter or digit first"
+
 _Parsed = TypeVar("_Parsed")
 
 
@@ -52,10 +55,9 @@ def text(value: object, expected: str) -> str:
 
 def safe_name(value: object) -> str:
     """A name that can be part of a file name, of an ID and of a shell command."""
-    expected = "up to 48 letters, digits, dots, dashes and underscores, a letter or digit first"
-    name = text(value, expected)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}", name):
-        raise refusal(value, expected)
+    name = text(value, _SAFE_NAME_WORDS)
+    if not _SAFE_NAME.fullmatch(name):
+        raise refusal(value, _SAFE_NAME_WORDS)
     return name
 
 
@@ -225,6 +227,24 @@ def _host(value: object) -> object:
     return value
 
 
+def _netns(value: object, info: ValidationInfo) -> str | None:
+    """None: no other than the controller's."""
+    if value == "none" or (value is None and not from_file(info)):
+        return None
+    expected = f"none, or the name of a network namespace: {_SAFE_NAME_WORDS}"
+    if value is None:
+        raise refusal(value, expected, "write none")
+    name = text(value, expected)
+    if not _SAFE_NAME.fullmatch(name):
+        remedy = "write its name alone, as `ip netns list` has it" if "/" in name else None
+        raise refusal(value, expected, remedy)
+    return name
+
+
+def _dump_netns(value: str | None, info: FieldSerializationInfo) -> str | None:
+    return "none" if info.by_alias and value is None else value
+
+
 def _listen_address(value: object) -> str:
     expected = "an IP address of this host, such as 127.0.0.1"
     address = text(value, expected)
@@ -249,6 +269,7 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 Host = Annotated[Literal["local"], BeforeValidator(_host)]
 ListenAddress = Annotated[str, BeforeValidator(_listen_address)]
 Name = Annotated[str, BeforeValidator(safe_name)]
+Netns = Annotated[str | None, BeforeValidator(_netns), PlainSerializer(_dump_netns)]
 Pid = Annotated[int | Literal["auto"], whole(2, MAX_PID, also="auto")]
 Port = Annotated[int | Literal["auto"], whole(1, 65535, also="auto")]
 Rate = Annotated[int | None, BeforeValidator(_rate), PlainSerializer(_dump_rate)]

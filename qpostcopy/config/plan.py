@@ -24,6 +24,7 @@ from qpostcopy.config.fields import (
     Flag,
     Host,
     ListenAddress,
+    Netns,
     Pid,
     Port,
     Rate,
@@ -51,6 +52,7 @@ from qpostcopy.config.profile import (
 )
 
 DEFAULT_PROFILE = "sequential"
+_SIDES = ("source", "destination")
 
 
 class SidePlan(Model):
@@ -59,6 +61,7 @@ class SidePlan(Model):
     host: Host = "local"
     qmp: SocketPath = Field(description="the absolute path of a QMP unix socket")
     pid: Pid = "auto"
+    netns: Netns = None
 
 
 class SourcePlan(SidePlan):
@@ -153,7 +156,7 @@ class Plan(Model):
     name: Annotated[str, BeforeValidator(_plan_name)] = Field(description="a name for the VM")
     source: SourcePlan = Field(description="the source's QMP socket: {qmp: PATH}")
     destination: SidePlan = Field(description="the destination's QMP socket: {qmp: PATH}")
-    lanes: Lanes = Lanes()
+    lanes: Lanes = Field(Lanes(), validate_default=True)
     profile: Annotated[Profile, BeforeValidator(_is_profile)]
     precopy: Precopy = Precopy()
     limits: Limits = Limits()
@@ -175,6 +178,20 @@ class Plan(Model):
             text = f"{destination.pid} is the source's pid too: expected another QEMU"
             raise finding(text, remedy="write auto", at="pid")
         return destination
+
+    @field_validator("lanes", mode="after")
+    @classmethod
+    def _within_reach(cls, lanes: Lanes, info: ValidationInfo) -> Lanes:
+        spaces = {side.netns for name in _SIDES if (side := info.data.get(name)) is not None}
+        if len(spaces) > 1 and is_loopback(lanes.listen):
+            raise finding(
+                f'"{lanes.listen}": the two sides are in different network namespaces, and each '
+                "has a loopback of its own",
+                remedy="listen on an address of the destination's namespace that the source's has "
+                "a route to, with insecure: true",
+                at="listen",
+            )
+        return lanes
 
     def read_traces(self) -> dict[int, bytes]:
         """What the traces say that its profile names, by the index of their steps.

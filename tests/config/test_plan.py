@@ -67,8 +67,8 @@ def test_every_value_arrives(tmp_path: Path) -> None:
     text = """
 version: 1
 name: db-2.test_x
-source: {qmp: /s, pid: 12, after: keep}
-destination: {qmp: /d, pid: 13}
+source: {qmp: /s, pid: 12, netns: west, after: keep}
+destination: {qmp: /d, pid: 13, netns: e.1}
 lanes: {listen: "fd00::7", port: 4444, push: 4, insecure: true}
 profile: {version: 1, name: mine, push: [{range: {block: ram1, start: 4KiB}}], fault: {then: here}}
 precopy:
@@ -82,8 +82,8 @@ limits: {before_switch: 10m, push: 1Gbit/s}
     expected = Plan(
         version=1,
         name="db-2.test_x",
-        source=SourcePlan(qmp=Path("/s"), pid=12, after="keep"),
-        destination=SidePlan(qmp=Path("/d"), pid=13),
+        source=SourcePlan(qmp=Path("/s"), pid=12, netns="west", after="keep"),
+        destination=SidePlan(qmp=Path("/d"), pid=13, netns="e.1"),
         lanes=Lanes(listen="fd00::7", port=4444, push=4, insecure=True),
         profile=Profile(
             name="mine",
@@ -112,6 +112,17 @@ def test_a_plan_is_frozen(tmp_path: Path) -> None:
 def test_python_names_are_no_keys_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r":6: limits\.push_bytes_per_second: no such key"):
         load(tmp_path, SHORTEST + "limits: {push_bytes_per_second: 1Gbit/s}\n")
+
+
+def test_two_namespaces_need_an_address_between_them(tmp_path: Path) -> None:
+    apart = SHORTEST.replace("web1.qmp", "web1.qmp, netns: west")
+    with pytest.raises(PlanError, match="has a loopback of its own"):
+        load(tmp_path, apart)
+    together = apart.replace("web1-in.qmp", "web1-in.qmp, netns: west")
+    assert load(tmp_path, together).destination.netns == "west"
+    lanes = "lanes: {listen: 10.9.0.2, insecure: true}\n"
+    plan = load(tmp_path, apart + lanes)
+    assert (plan.source.netns, plan.destination.netns) == ("west", None)
 
 
 # --- the shipped plan -----------------------------------------------------------------------
@@ -231,41 +242,51 @@ PROFILES = st.builds(
         then=st.sampled_from(["schedule", "here"]),
     ),
 )
-PLANS = st.builds(
-    Plan,
-    version=st.just(1),
-    name=NAMES,
-    source=st.builds(
-        SourcePlan,
-        qmp=SOCKETS.map(lambda path: Path(f"/s{path}")),
-        pid=st.integers(2, 1 << 22) | st.just("auto"),
-        after=st.sampled_from(["quit", "keep"]),
-    ),
-    destination=st.builds(SidePlan, qmp=SOCKETS.map(lambda path: Path(f"/d{path}"))),
-    lanes=st.builds(
-        Lanes,
-        listen=st.ip_addresses(v=4, network="127.0.0.0/8").map(str) | st.just("::1"),
-        port=st.integers(1, 65535) | st.just("auto"),
-        push=st.integers(1, 64),
-        insecure=st.booleans(),
-    ),
-    profile=PROFILES,
-    precopy=st.builds(
-        Precopy,
-        mode=st.sampled_from(["auto", "never"]),
-        max_passes=st.integers(1, 1000),
-        max_seconds=milliseconds(100, 86_400_000),
-        switch_when=st.builds(
-            SwitchWhen, missing_below_bytes=st.integers(0, 1 << 62), stalled=st.booleans()
+
+
+def plans(netns: str | None) -> st.SearchStrategy[Plan]:
+    """Lanes on loopback: so both sides are in one network namespace."""
+    return st.builds(
+        Plan,
+        version=st.just(1),
+        name=NAMES,
+        source=st.builds(
+            SourcePlan,
+            qmp=SOCKETS.map(lambda path: Path(f"/s{path}")),
+            pid=st.integers(2, 1 << 22) | st.just("auto"),
+            netns=st.just(netns),
+            after=st.sampled_from(["quit", "keep"]),
         ),
-        bandwidth_bytes_per_second=RATES,
-    ),
-    limits=st.builds(
-        Limits,
-        before_switch_seconds=milliseconds(1000, 2_592_000_000),
-        push_bytes_per_second=RATES,
-    ),
-)
+        destination=st.builds(
+            SidePlan, qmp=SOCKETS.map(lambda path: Path(f"/d{path}")), netns=st.just(netns)
+        ),
+        lanes=st.builds(
+            Lanes,
+            listen=st.ip_addresses(v=4, network="127.0.0.0/8").map(str) | st.just("::1"),
+            port=st.integers(1, 65535) | st.just("auto"),
+            push=st.integers(1, 64),
+            insecure=st.booleans(),
+        ),
+        profile=PROFILES,
+        precopy=st.builds(
+            Precopy,
+            mode=st.sampled_from(["auto", "never"]),
+            max_passes=st.integers(1, 1000),
+            max_seconds=milliseconds(100, 86_400_000),
+            switch_when=st.builds(
+                SwitchWhen, missing_below_bytes=st.integers(0, 1 << 62), stalled=st.booleans()
+            ),
+            bandwidth_bytes_per_second=RATES,
+        ),
+        limits=st.builds(
+            Limits,
+            before_switch_seconds=milliseconds(1000, 2_592_000_000),
+            push_bytes_per_second=RATES,
+        ),
+    )
+
+
+PLANS = (st.none() | NAMES.filter(lambda name: name != "none")).flatmap(plans)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -23,6 +23,7 @@ from qpostcopy.core import inject_syscall, uffd_api, uffd_register_missing
 from qpostcopy.lab.vm import Backend, Vm
 from qpostcopy.uffd.attach import obtain
 from qpostcopy.vmas import Vma, read_vmas
+from tests.networks import namespace
 from tests.vm.debian import qemu_of
 from tests.vm.scene import Scene, wait_until
 
@@ -256,6 +257,21 @@ def other_pid_in_plan(scene: Scene) -> Iterator[None]:
         )
         yield
         other.communicate()
+
+
+@contextmanager
+def netns_in_plan(scene: Scene, name: str) -> Iterator[None]:
+    """The handler is to live there."""
+    socket = f"qmp: {scene.destination.qmp_path}"
+    text = scene.plan.read_text().replace(socket, f"{socket}, netns: {name}")
+    scene.plan.write_text(f"{text}lanes: {{listen: 10.9.0.2, insecure: true}}\n")
+    yield
+
+
+@contextmanager
+def netns_of_another(scene: Scene) -> Iterator[None]:
+    with namespace("east") as name, netns_in_plan(scene, name):
+        yield
 
 
 @contextmanager

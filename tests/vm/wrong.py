@@ -195,7 +195,11 @@ ROWS: tuple[Wrong, ...] = (
           sockets={"source": "nowhere-a", "destination": "nowhere-b"}, migrate=True),
     Wrong("absent-and-wrong", ("source monitor-absent", "destination memory-locked"), "nowhere-a",
           destination=LOCKED, sockets={"source": "nowhere-a"}, migrate=True),
+    Wrong("netns-absent", ("destination netns-absent",), "nowhere-c",
+          meanwhile=lambda scene: spoil.netns_in_plan(scene, "nowhere-c"), migrate=True),
     # what we may do, and how much room there is
+    Wrong("netns-closed", ("destination netns-closed",), "Operation not permitted",
+          meanwhile=spoil.netns_of_another, through=spoil.without("sys_admin"), migrate=True),
     Wrong("no-ptrace", RIGHTS_MISSING, "CAP_SYS_PTRACE", through=spoil.without("sys_ptrace")),
     Wrong("no-rights", RIGHTS_MISSING, "CAP_SYS_ADMIN",
           through=spoil.without("sys_ptrace", "sys_admin", "perfmon", "checkpoint_restore"),

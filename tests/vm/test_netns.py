@@ -1,0 +1,104 @@
+"""Two network namespaces and a wire between them: the pages go over it, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qpostcopy.process import Process
+from tests.networks import Link, link, namespace_named, namespace_of
+from tests.qmp.support import private_directory
+from tests.vm.bytes_case import write_runs
+from tests.vm.scene import MIB, Scene, kill, read_until_phase, status, wait_until
+
+pytestmark = [pytest.mark.vm, pytest.mark.root]
+
+SIZES = (34 * MIB,)
+
+
+@pytest.fixture
+def wire() -> Iterator[Link]:
+    with link() as made:
+        yield made
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with private_directory() as path:
+        yield path
+
+
+def put_apart(scene: Scene, wire: Link) -> None:
+    """Each companion into a namespace of its own; both QEMUs stay in ours."""
+    text = scene.plan.read_text()
+    for vm, name in ((scene.source, wire.west), (scene.destination, wire.east)):
+        text = text.replace(f"qmp: {vm.qmp_path}", f"qmp: {vm.qmp_path}, netns: {name}")
+    scene.plan.write_text(f"{text}lanes: {{listen: {wire.east_address}, insecure: true}}\n")
+
+
+def companions(scene: Scene) -> list[Process]:
+    state = scene.state.state
+    return [one for one in (state.source.companion, state.destination.companion) if one]
+
+
+def wait_until_at_home(scene: Scene, wire: Link) -> None:
+    """One that was written down just now may be about to enter."""
+    homes = [namespace_named(wire.west), namespace_named(wire.east)]
+    wait_until(
+        lambda: [namespace_of(one.pid) for one in companions(scene)] == homes,
+        "each companion in its namespace",
+    )
+
+
+def test_every_byte_crosses_the_wire(directory: Path, wire: Link) -> None:
+    with Scene(directory, sizes=SIZES, running=False) as scene:
+        put_apart(scene, wire)
+        write_runs(scene, seed=7, hole_factor=1)
+        result = scene.run_controller_here()
+        assert result["status"] == "completed", f"{result}\n{scene.logs()}"
+        scene.assert_same_ram(start=0)
+        assert status(scene.destination) == "prelaunch"
+        assert wire.received_bytes(wire.east) > result["bytes"]["wire"] > 4 * MIB
+        scene.assert_nothing_left()
+
+
+def test_a_handler_that_is_killed_comes_back_in_its_namespace(directory: Path, wire: Link) -> None:
+    with Scene(directory, sizes=SIZES, push="8MiB/s") as scene:
+        put_apart(scene, wire)
+        scene.fill(1)
+        viewer = scene.start_migrate()
+        read_until_phase(viewer, "postcopy")
+        wait_until_at_home(scene, wire)
+        _, dead = companions(scene)
+        kill(dead)
+        wait_until(lambda: dead not in companions(scene), "another handler")
+        wait_until_at_home(scene, wire)
+        viewer.communicate(timeout=60)
+        assert viewer.returncode == 0, scene.logs()
+        scene.assert_same_ram()
+        scene.assert_moved()
+
+
+@pytest.mark.slow
+def test_resume_starts_them_in_their_namespaces(directory: Path, wire: Link) -> None:
+    with Scene(directory, sizes=SIZES, push="4MiB/s") as scene:
+        put_apart(scene, wire)
+        scene.fill(1)
+        viewer = scene.start_migrate()
+        read_until_phase(viewer, "postcopy")
+        viewer.kill()  # it would resume by itself
+        viewer.communicate()
+        dead = companions(scene)
+        for process in (scene.state.state.controller, *dead):
+            kill(process)
+        wait_until(lambda: not scene.state.controller_alive(), "the controller's end")
+        scene.plan.unlink()
+        resumed = scene.popen("resume", "t", "--json")
+        wait_until(lambda: not {*dead} & {*companions(scene)}, "other companions")
+        wait_until_at_home(scene, wire)
+        resumed.communicate(timeout=60)
+        assert resumed.returncode == 0, scene.logs()
+        scene.assert_same_ram()
+        scene.assert_moved()
