@@ -12,16 +12,17 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 from qpostcopy.core import (
     CoreError,
     LaneBrokenError,
     LaneClosedError,
     LaneEnd,
+    LaneKind,
     LaneProtocolError,
     LaneTimeoutError,
 )
@@ -30,6 +31,8 @@ from qpostcopy.errors import QpostcopyError
 log = logging.getLogger(__name__)
 
 Outcome = LaneEnd | Exception
+#: Which lane of a session.
+LaneKey = tuple[LaneKind, int]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -38,16 +41,35 @@ class LaneSetupError(QpostcopyError):
     """Lanes could not be brought up."""
 
 
+def lane_keys(push_lanes: int, device_state: bool) -> tuple[LaneKey, ...]:
+    """The lanes that make a session, in the order in which they are connected."""
+    push = [(LaneKind.PUSH, index) for index in range(push_lanes)]
+    state = [(LaneKind.STATE, 0)] if device_state else []
+    return ((LaneKind.DEMAND, 0), *push, *state)
+
+
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """The connected sockets of one session."""
+    """The connected sockets of one session.
+
+    :ivar device_state: QEMU's, not for pages; see stream.py.
+    """
 
     demand: socket.socket
     push: tuple[socket.socket, ...]
+    device_state: socket.socket | None = None
+
+    @classmethod
+    def of(cls, socks: Mapping[LaneKey, socket.socket]) -> Self:
+        """The sockets of all of `lane_keys`."""
+        push = [socks[key] for key in sorted(socks) if key[0] is LaneKind.PUSH]
+        return cls(socks[LaneKind.DEMAND, 0], tuple(push), socks.get((LaneKind.STATE, 0)))
 
     def close(self) -> None:
         for sock in (self.demand, *self.push):
             sock.close()
+        if self.device_state is not None:
+            self.device_state.close()
 
 
 class LaneThreads:

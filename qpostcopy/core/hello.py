@@ -31,6 +31,7 @@ class HelloError(QpostcopyError):
 class LaneKind(IntEnum):
     DEMAND = 1
     PUSH = 2
+    STATE = 3
 
 
 class Verdict(IntEnum):
@@ -188,7 +189,7 @@ def _blocks_of(hello: Any) -> tuple[RamBlock, ...]:
 def _encode(hello: Hello, verdict: Verdict) -> bytes:
     assert len(hello.blocks) <= lib.QPC_BLOCKS_MAX
     raw = ffi.new("struct qpc_hello *")
-    raw.version_lowest = lib.QPC_VERSION_LOWEST
+    raw.version_lowest = _lowest(hello.kind)
     raw.version_highest = lib.QPC_VERSION_HIGHEST
     raw.status = verdict
     raw.lane_kind = hello.kind
@@ -203,6 +204,11 @@ def _encode(hello: Hello, verdict: Verdict) -> bytes:
         ffi.memmove(entry.name, block.name.encode(), len(block.name.encode()))
     out = ffi.new("uint8_t[]", lib.QPC_HELLO_HEADER_BYTES + lib.QPC_HELLO_BODY_MAX)
     return bytes(ffi.buffer(out, lib.qpc_hello_encode(raw, out)))
+
+
+def _lowest(kind: LaneKind) -> int:
+    """The lowest version in which there is such a lane."""
+    return int(lib.QPC_VERSION_STATE if kind is LaneKind.STATE else lib.QPC_VERSION_LOWEST)
 
 
 def _decode(whole: bytes) -> Any:

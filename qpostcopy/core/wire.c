@@ -215,8 +215,10 @@ int qpc_hello_decode(const uint8_t *in, size_t length, struct qpc_hello *hello,
         return bad(error, "hello: versions", hello->version_lowest);
     if (hello->status == 0 || hello->status >= QPC_HELLO_STATUSES)
         return bad(error, "hello: unknown status", hello->status);
-    if (hello->lane_kind != QPC_LANE_DEMAND && hello->lane_kind != QPC_LANE_PUSH)
+    if (hello->lane_kind == 0 || hello->lane_kind >= QPC_LANE_KINDS)
         return bad(error, "hello: unknown lane kind", hello->lane_kind);
+    if (hello->lane_kind == QPC_LANE_STATE && hello->version_lowest < QPC_VERSION_STATE)
+        return bad(error, "hello: a state lane of a version without", hello->version_lowest);
     if (!memchr(hello->migration_id, 0, QPC_ID_BYTES))
         return bad(error, "hello: migration id without an end", 0);
     if (hello->block_count > QPC_BLOCKS_MAX)

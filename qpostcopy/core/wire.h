@@ -9,6 +9,8 @@
  *        | --- DATA focus page | ZERO, then the rest around it --> |
  *        |                 push lanes:                             |
  *        | --- HOLE extents (lane 0), DATA, ZERO ..., END -------> |
+ *        |                 state lane (since version 2):           |
+ *        | --- QEMU's own stream: no frame of ours --------------> |
  *
  * Fixed widths, little endian, zero invalid in every enum. A frame is a header
  * of QPC_FRAME_BYTES; only DATA has a payload, of exactly page_count pages, so
@@ -25,7 +27,8 @@
 
 /* cdef-begin */
 #define QPC_VERSION_LOWEST 1
-#define QPC_VERSION_HIGHEST 1
+#define QPC_VERSION_HIGHEST 2
+#define QPC_VERSION_STATE 2 /* the first with a state lane */
 #define QPC_PAGE_BYTES 4096
 #define QPC_FRAME_BYTES 24
 #define QPC_FRAME_PAGES_MAX 64 /* of a DATA frame: 256 KiB stay in a core's cache */
@@ -55,7 +58,7 @@ struct qpc_frame {
     uint64_t page_count;
 };
 
-enum qpc_lane_kind { QPC_LANE_DEMAND = 1, QPC_LANE_PUSH };
+enum qpc_lane_kind { QPC_LANE_DEMAND = 1, QPC_LANE_PUSH, QPC_LANE_STATE, QPC_LANE_KINDS };
 
 enum qpc_hello_status {
     QPC_HELLO_OFFER = 1,

@@ -222,6 +222,7 @@ class Listen(Model):
     host: str
     port: int = Field(ge=0, le=65535)
     push_lanes: int = Field(ge=1, le=64)
+    device_state: bool = Field(False, description="one more, for qpc-state-lend")
     token: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -275,6 +276,7 @@ class Connect(Model):
     host: str
     port: int = Field(ge=1, le=65535)
     push_lanes: int = Field(ge=1, le=64)
+    device_state: bool = Field(False, description="one more, for qpc-state-lend")
     token: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
 
-from qpostcopy.core import Hello, LaneKind, RamBlock, greet
-from qpostcopy.lanes import Lanes, LaneSetupError
+from qpostcopy.core import Hello, RamBlock, greet
+from qpostcopy.lanes import Lanes, LaneSetupError, lane_keys
 from qpostcopy.qmp.schema import Connect
 
 CONNECT_SECONDS = 4.0
@@ -21,19 +20,13 @@ def connect_lanes(arguments: Connect, migration_id: str, blocks: tuple[RamBlock,
     """
     token = bytes.fromhex(arguments.token)
     with contextlib.ExitStack() as undo:
-        socks = []
-        for kind, index in _lane_keys(arguments.push_lanes):
-            socks.append(_connect(arguments.host, arguments.port))
-            undo.callback(socks[-1].close)
-            greet(socks[-1], Hello(migration_id, token, kind, index, blocks), CONNECT_SECONDS)
+        socks = {}
+        for kind, index in lane_keys(arguments.push_lanes, arguments.device_state):
+            sock = socks[kind, index] = _connect(arguments.host, arguments.port)
+            undo.callback(sock.close)
+            greet(sock, Hello(migration_id, token, kind, index, blocks), CONNECT_SECONDS)
         undo.pop_all()
-    return Lanes(socks[0], tuple(socks[1:]))
-
-
-def _lane_keys(push_lanes: int) -> Iterator[tuple[LaneKind, int]]:
-    yield LaneKind.DEMAND, 0
-    for index in range(push_lanes):
-        yield LaneKind.PUSH, index
+    return Lanes.of(socks)
 
 
 def _connect(host: str, port: int) -> socket.socket:

@@ -13,7 +13,7 @@ import logging
 import socket
 from functools import partial
 
-from qpostcopy.core import Hello, HelloError, LaneKind
+from qpostcopy.core import Hello, HelloError
 from qpostcopy.core.hello import (
     HELLO_HEADER_BYTES,
     Judgement,
@@ -21,7 +21,7 @@ from qpostcopy.core.hello import (
     judge_offer,
     prepare_lane,
 )
-from qpostcopy.lanes import Lanes, LaneSetupError
+from qpostcopy.lanes import LaneKey, Lanes, LaneSetupError, lane_keys
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +40,13 @@ class LaneListener:
 
     :param expected: our half of the hello; kind and index are not looked at.
     :param push_lanes: how many push lanes make a session.
+    :param device_state: and whether a state lane does.
     """
 
-    def __init__(self, expected: Hello, push_lanes: int) -> None:
+    def __init__(self, expected: Hello, push_lanes: int, device_state: bool = False) -> None:
         self._expected = expected
-        self._wanted = {(LaneKind.DEMAND, 0)} | {
-            (LaneKind.PUSH, index) for index in range(push_lanes)
-        }
-        self._socks: dict[tuple[LaneKind, int], socket.socket] = {}
+        self._wanted = {*lane_keys(push_lanes, device_state)}
+        self._socks: dict[LaneKey, socket.socket] = {}
         self._complete = asyncio.Event()
         self._greetings: set[asyncio.Task[None]] = set()
         # Of these, in the order of arrival: did not say a word yet, and did.
@@ -92,8 +91,7 @@ class LaneListener:
                 f"the page server did not bring all lanes: {', '.join(missing)} missing"
             ) from error
         self._taken = True
-        push = [self._socks[key] for key in sorted(self._wanted) if key[0] is LaneKind.PUSH]
-        return Lanes(self._socks[LaneKind.DEMAND, 0], tuple(push))
+        return Lanes.of(self._socks)
 
     async def close(self) -> None:
         """Stop listening; lanes that nobody took are closed."""
@@ -187,7 +185,7 @@ class LaneListener:
         sock.setblocking(True)  # from here on the core's
         return judgement
 
-    def _keep(self, key: tuple[LaneKind, int], sock: socket.socket, peer: str) -> None:
+    def _keep(self, key: LaneKey, sock: socket.socket, peer: str) -> None:
         if key not in self._wanted or key in self._socks:
             log.warning("lane from %s dropped: %s %d is not expected", peer, key[0].name, key[1])
             return

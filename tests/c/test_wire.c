@@ -103,6 +103,29 @@ static void hellos_come_back(void)
     CHECK(!memcmp(&out, &hello, sizeof out));
 }
 
+static int decoded(uint8_t lane_kind, uint16_t version_lowest, uint16_t version_highest)
+{
+    static uint8_t bytes[QPC_HELLO_HEADER_BYTES + QPC_HELLO_BODY_MAX];
+    struct qpc_hello hello = sample(), out;
+    struct qpc_error error;
+    hello.lane_kind = lane_kind;
+    hello.version_lowest = version_lowest;
+    hello.version_highest = version_highest;
+    return qpc_hello_decode(bytes, qpc_hello_encode(&hello, bytes), &out, &error);
+}
+
+static void every_kind_of_lane_is_of_its_version(void)
+{
+    CHECK(decoded(QPC_LANE_DEMAND, 1, 1) == QPC_OK);
+    CHECK(decoded(QPC_LANE_PUSH, 1, 2) == QPC_OK);
+    CHECK(decoded(QPC_LANE_STATE, 2, 2) == QPC_OK);
+    CHECK(decoded(QPC_LANE_STATE, 2, 3) == QPC_OK);
+    CHECK(decoded(QPC_LANE_STATE, 1, 2) == QPC_PROTOCOL);
+    CHECK(decoded(QPC_LANE_STATE, 1, 1) == QPC_PROTOCOL);
+    CHECK(decoded(0, 1, 2) == QPC_PROTOCOL);
+    CHECK(decoded(QPC_LANE_KINDS, 1, 2) == QPC_PROTOCOL);
+}
+
 static void every_cut_of_a_hello_is_refused(void)
 {
     static uint8_t bytes[QPC_HELLO_HEADER_BYTES + QPC_HELLO_BODY_MAX];
@@ -155,6 +178,7 @@ int main(void)
     RUN(flags_are_refused);
     RUN(layout_is_fixed);
     RUN(hellos_come_back);
+    RUN(every_kind_of_lane_is_of_its_version);
     RUN(every_cut_of_a_hello_is_refused);
     RUN(hostile_hellos_do_not_overrun);
     RUN(versions_meet);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpostcopy.core import Hello, HelloError, LaneKind, RamBlock, greet, welcome
+from qpostcopy.core.hello import HELLO_HEADER_BYTES, judge_offer
 
 HELLO = Hello(
     "web1-20261123T101500",
@@ -64,6 +66,36 @@ def test_a_wrong_peer_is_refused_and_told_why(change: dict[str, object], reason:
     offered, welcomed = meet(replace(HELLO, **change), HELLO)  # type: ignore[arg-type]
     assert isinstance(offered, HelloError) and reason in str(offered)
     assert isinstance(welcomed, HelloError)
+
+
+def offer_of(hello: Hello) -> bytes:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(HelloError):
+            greet(ours, hello, 0.001)
+        return theirs.recv(1 << 16)
+
+
+def speaking(offer: bytes, lowest: int, highest: int) -> bytes:
+    """The same from a peer of other versions; they follow the magic."""
+    at = HELLO_HEADER_BYTES - 8
+    return offer[:at] + struct.pack("<HH", lowest, highest) + offer[at + 4 :]
+
+
+def test_a_page_server_of_the_version_before_is_accepted() -> None:
+    judgement = judge_offer(speaking(offer_of(HELLO), 1, 1), HELLO)
+    assert judgement.refusal is None
+    versions = struct.unpack_from("<HH", judgement.answer, HELLO_HEADER_BYTES - 8)
+    assert versions == (1, 2)
+
+
+def test_a_state_lane_is_of_version_2() -> None:
+    state = replace(HELLO, kind=LaneKind.STATE, index=0)
+    assert meet(state, HELLO) == (None, (LaneKind.STATE, 0))
+    offer = offer_of(state)
+    assert offer == speaking(offer, 2, 2), "a peer of version 1 says that it speaks others"
+    with pytest.raises(HelloError, match="a state lane of a version without"):
+        judge_offer(speaking(offer, 1, 2), HELLO)
 
 
 @pytest.mark.fuzz

@@ -10,7 +10,7 @@ import pytest
 
 from qpostcopy.core import Hello, HelloError, LaneKind, RamBlock, greet
 from qpostcopy.core.hello import HELLO_HEADER_BYTES
-from qpostcopy.lanes import LaneSetupError
+from qpostcopy.lanes import Lanes, LaneSetupError
 from qpostcopy.qmp.schema import Connect
 from qpostcopy.source.connect import connect_lanes
 from qpostcopy.uffd import listener as listener_module
@@ -40,9 +40,19 @@ def offer() -> bytes:
 
 
 async def connect(port: int, push_lanes: int) -> tuple[socket.socket, ...]:
-    arguments = Connect(host="127.0.0.1", port=port, push_lanes=push_lanes, token=TOKEN.hex())
-    lanes = await asyncio.to_thread(connect_lanes, arguments, "m-1", BLOCKS)
+    lanes = await connect_all(port, push_lanes, device_state=False)
     return (lanes.demand, *lanes.push)
+
+
+async def connect_all(port: int, push_lanes: int, device_state: bool) -> Lanes:
+    arguments = Connect(
+        host="127.0.0.1",
+        port=port,
+        push_lanes=push_lanes,
+        token=TOKEN.hex(),
+        device_state=device_state,
+    )
+    return await asyncio.to_thread(connect_lanes, arguments, "m-1", BLOCKS)
 
 
 async def knock(port: int, words: bytes | Hello) -> None:
@@ -74,6 +84,43 @@ def test_all_lanes_come_in_in_order() -> None:
         await listener.close()
         assert lanes.demand.fileno() >= 0  # taken: ours to close
         lanes.close()
+
+    run(body)
+
+
+def test_the_lane_of_device_state_comes_with_them_and_not_a_byte_of_it_is_read() -> None:
+    async def body() -> None:
+        listener = LaneListener(hello(), push_lanes=2, device_state=True)
+        theirs = await connect_all(await listener.open("127.0.0.1", 0), 2, device_state=True)
+        assert theirs.device_state is not None
+        theirs.device_state.sendall(b"state")
+        lanes = await listener.lanes(5)
+        await listener.close()
+        assert lanes.device_state is not None
+        assert lanes.device_state.getpeername() == theirs.device_state.getsockname()
+        assert lanes.device_state.recv(9) == b"state"
+        for end in (lanes.device_state, theirs.device_state):
+            assert end.getblocking()
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+        lanes.close()
+        theirs.close()
+
+    run(body)
+
+
+def test_a_session_without_device_state_takes_no_lane_for_it() -> None:
+    """As after the switch: QEMU's stream has done its work."""
+
+    async def body() -> None:
+        listener = LaneListener(hello(), push_lanes=1)
+        port = await listener.open("127.0.0.1", 0)
+        await knock(port, hello(LaneKind.STATE))
+        theirs = await connect_all(port, 1, device_state=False)
+        lanes = await listener.lanes(5)
+        await listener.close()
+        assert (theirs.device_state, lanes.device_state) == (None, None)
+        lanes.close()
+        theirs.close()
 
     run(body)
 
