@@ -53,7 +53,6 @@ from qpostcopy.report import Location, Result, ResultStatus
 from qpostcopy.side import EventBook, Role, Side
 from qpostcopy.state import CONTROL_SOCKET as CONTROL_SOCKET
 from qpostcopy.state import PhaseStamp, StateDirectory
-from qpostcopy.stream import socket_path
 from qpostcopy.switchover import COMMIT, SWITCHOVER, ContRefusedError, run_steps
 
 log = logging.getLogger(__name__)
@@ -344,7 +343,6 @@ class Controller:
             await leave_companions(self._migration)
         else:
             await together(self._migration.source.quit(), self._migration.destination.quit())
-            socket_path(self._directory.path).unlink(missing_ok=True)
         result = make_result(self._migration, outcome)
         self._result = result.to_json()
         self._directory.write_result(self._result)

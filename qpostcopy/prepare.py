@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 from qpostcopy.config import Profile
 from qpostcopy.errors import QpostcopyError, RefusedError
@@ -257,33 +258,41 @@ async def set_parameters(migration: Migration) -> None:
     await migration.source.execute("migrate-set-parameters", _PARAMETERS, COMMAND_SECONDS)
 
 
-async def open_lanes(migration: Migration) -> None:
-    """A session of lanes: the handler listens, the page server connects."""
-    lanes, token = migration.plan.lanes, migration.state.token
+async def open_lanes(migration: Migration, *, device_state: bool = True) -> None:
+    """A session of lanes: the handler listens, the page server connects.
+
+    :param device_state: one of them is for QEMU's own stream; not after the switch, when that
+        has done its work.
+    """
+    lanes = migration.plan.lanes
     port = 0 if lanes.port == "auto" else lanes.port
+    both = _Both(
+        host=lanes.listen,
+        push_lanes=lanes.push,
+        token=migration.state.token,
+        device_state=device_state,
+    )
+    listen = schema.Listen(port=port, **both)
     listening = await migration.destination.call(
-        "qpc-listen",
-        schema.Listen(host=lanes.listen, port=port, push_lanes=lanes.push, token=token),
-        schema.Listening,
-        COMMAND_SECONDS,
+        "qpc-listen", listen, schema.Listening, COMMAND_SECONDS
     )
-    await migration.source.call(
-        "qpc-connect",
-        schema.Connect(host=lanes.listen, port=listening.port, push_lanes=lanes.push, token=token),
-        schema.Empty,
-        COMMAND_SECONDS,
-    )
+    connect = schema.Connect(port=listening.port, **both)
+    await migration.source.call("qpc-connect", connect, schema.Empty, COMMAND_SECONDS)
+
+
+class _Both(TypedDict):
+    """What both ends are told of the lanes."""
+
+    host: str
+    push_lanes: int
+    token: str
+    device_state: bool
 
 
 async def open_device_state(migration: Migration) -> None:
-    """A connection for QEMU's own stream, an end lent to each QEMU (stream.py says why)."""
-    source, destination = migration.source, migration.destination
-    for side, command, arguments in (
-        (destination, "qpc-state-listen", schema.StateListen()),
-        (source, "qpc-state-connect", schema.StateConnect()),
-        (destination, "qpc-state-accept", schema.StateAccept()),
-    ):
-        await side.call(command, arguments, schema.Empty, COMMAND_SECONDS)
+    """Each QEMU is lent its end of the lane for its own stream (stream.py says why)."""
+    for side in (migration.source, migration.destination):
+        await side.call("qpc-state-lend", schema.StateLend(), schema.Empty, COMMAND_SECONDS)
 
 
 async def serve_faults(migration: Migration) -> None:

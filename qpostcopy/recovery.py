@@ -308,7 +308,7 @@ async def repair(migration: Migration) -> int:
     :raise QpostcopyError: it did not work this time.
     """
     await together(_ensure_page_server(migration), ensure_handler(migration))
-    await open_lanes(migration)
+    await open_lanes(migration, device_state=False)
     mark = migration.book.mark
     # Even if it was not started just now: who started it may have died before this.
     await _compile_some_order(migration)

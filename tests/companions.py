@@ -131,17 +131,15 @@ class Pair:
         arguments = schema.Adopt(uffd_fd=uffd_fd, ahead_bytes=64 * 1024, behind_bytes=0)
         return await self.handler.client.call("qpc-adopt", arguments, schema.Attached, 60)
 
-    async def open_lanes(self, push_lanes: int = 1) -> None:
+    async def open_lanes(self, push_lanes: int = 1, device_state: bool = False) -> None:
+        which = {"push_lanes": push_lanes, "device_state": device_state}
+        both = {"host": "127.0.0.1", "token": self.token} | which
         listening = await self.handler.client.call(
-            "qpc-listen",
-            schema.Listen(host="127.0.0.1", port=0, push_lanes=push_lanes, token=self.token),
-            schema.Listening,
+            "qpc-listen", schema.Listen.model_validate(both | {"port": 0}), schema.Listening
         )
         await self.page_server.client.call(
             "qpc-connect",
-            schema.Connect(
-                host="127.0.0.1", port=listening.port, push_lanes=push_lanes, token=self.token
-            ),
+            schema.Connect.model_validate(both | {"port": listening.port}),
             schema.Empty,
         )
 

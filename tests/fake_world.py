@@ -310,13 +310,12 @@ class FakeSide:
     def do_qpc_listen(self, _: Mapping[str, Any]) -> object:
         return schema.Listening(port=4444)
 
-    def do_qpc_connect(self, _: Mapping[str, Any]) -> object:
+    def do_qpc_connect(self, arguments: Mapping[str, Any]) -> object:
+        assert arguments["device_state"] is not self.directory.committed, "once, before the commit"
         return schema.Empty()
 
-    def do_qpc_state_listen(self, _: Mapping[str, Any]) -> object:
+    def do_qpc_state_lend(self, _: Mapping[str, Any]) -> object:
         return schema.Empty()
-
-    do_qpc_state_connect = do_qpc_state_accept = do_qpc_state_listen
 
     def do_closefd(self, _: Mapping[str, Any]) -> object:
         raise CommandError("closefd", "GenericError", "File descriptor not found")

@@ -255,12 +255,8 @@ class Detach(Model):
     """
 
 
-class StateListen(Model):
-    """`qpc-state-listen` (handler): listen for the connection that device state will take."""
-
-
-class StateAccept(Model):
-    """`qpc-state-accept` (handler): accept it, and lend it to QEMU as `qpostcopy-device-state`."""
+class StateLend(Model):
+    """`qpc-state-lend`: lend QEMU the lane for device state, as `qpostcopy-device-state`; once."""
 
 
 class Kill(Model):
@@ -278,11 +274,6 @@ class Connect(Model):
     push_lanes: int = Field(ge=1, le=64)
     device_state: bool = Field(False, description="one more, for qpc-state-lend")
     token: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class StateConnect(Model):
-    """`qpc-state-connect`: connect to where the handler listens for device state, and lend the
-    connection to QEMU as `qpostcopy-device-state`."""
 
 
 class Prepare(Model):
@@ -368,6 +359,7 @@ class ControllerMessage(Model):
 BOTH: dict[str, tuple[type[Model], type[Model]]] = {
     "qpc-hello": (Empty, Hello),
     "qpc-inspect": (Inspect, SideFacts),
+    "qpc-state-lend": (StateLend, Empty),
     "qpc-quit": (Empty, Empty),
 }
 HANDLER: dict[str, tuple[type[Model], type[Model]]] = BOTH | {
@@ -378,14 +370,11 @@ HANDLER: dict[str, tuple[type[Model], type[Model]]] = BOTH | {
     "qpc-committed": (Committed, Empty),
     "qpc-stats": (Empty, HandlerStats),
     "qpc-detach": (Detach, Empty),
-    "qpc-state-listen": (StateListen, Empty),
-    "qpc-state-accept": (StateAccept, Empty),
     "qpc-kill": (Kill, Empty),
 }
 PAGE_SERVER: dict[str, tuple[type[Model], type[Model]]] = BOTH | {
     "qpc-prepare": (Prepare, Prepared),
     "qpc-connect": (Connect, Empty),
-    "qpc-state-connect": (StateConnect, Empty),
     "qpc-serve": (ServePages, Empty),
     "qpc-stats": (Empty, SourceStats),
 }

@@ -123,12 +123,15 @@ class PageServer(Companion):
             self._session = Session(lanes, LaneThreads(self._on_loop_end))
         return schema.Empty()
 
-    async def qpc_state_connect(self, _: schema.StateConnect) -> schema.Empty:
-        """See schema.StateConnect, and stream.py.
+    async def qpc_state_lend(self, _: schema.StateLend) -> schema.Empty:
+        """See schema.StateLend, and stream.py.
 
         :raise QpostcopyError: there is no connection, or QEMU did not take it.
         """
-        await stream.connect_and_lend(self.options.state_dir, self.monitor)
+        async with self._changing:
+            if self._session is None:
+                raise WrongStateError("qpc-state-lend needs lanes: qpc-connect first")
+            await stream.lend(self._session.lanes, self.monitor)
         return schema.Empty()
 
     async def qpc_serve(self, _: schema.ServePages) -> schema.Empty:

@@ -21,7 +21,7 @@ import logging
 from dataclasses import dataclass, field
 from functools import partial
 
-from qpostcopy import inspect, regions
+from qpostcopy import inspect, regions, stream
 from qpostcopy.companion import Companion, Options, WrongStateError
 from qpostcopy.core import (
     PAGE_BYTES,
@@ -43,7 +43,6 @@ from qpostcopy.lanes import (
 )
 from qpostcopy.qmp import schema
 from qpostcopy.stats import latency_summary
-from qpostcopy.stream import StreamListener
 from qpostcopy.uffd import recording
 from qpostcopy.uffd import registration as ram
 from qpostcopy.uffd.lending import Lender
@@ -77,6 +76,15 @@ class Session:
     serving: bool = False
     reported: bool = False
 
+    async def take_lanes(self, timeout_seconds: float) -> Lanes:
+        """All of them, once they are in; from then on they are this session's to close.
+
+        :raise LaneSetupError: not all came in time.
+        """
+        if self.lanes is None:
+            self.lanes = await self.listener.lanes(timeout_seconds)
+        return self.lanes
+
 
 @dataclass(slots=True)
 class Attachment:
@@ -106,7 +114,6 @@ class Handler(Companion):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._attachment: Attachment | None = None
-        self._stream: StreamListener | None = None
         self._changing = asyncio.Lock()
 
     # --- attach, adopt, detach ----------------------------------------------------------------
@@ -237,29 +244,16 @@ class Handler(Companion):
 
     # --- the connection of QEMU's own stream ---------------------------------------------------
 
-    async def qpc_state_listen(self, _: schema.StateListen) -> schema.Empty:
-        """See schema.StateListen, and stream.py."""
-        self._close_stream()
-        self._stream = StreamListener(self.options.state_dir)
-        return schema.Empty()
-
-    async def qpc_state_accept(self, _: schema.StateAccept) -> schema.Empty:
-        """See schema.StateAccept.
+    async def qpc_state_lend(self, _: schema.StateLend) -> schema.Empty:
+        """See schema.StateLend, and stream.py.
 
         :raise QpostcopyError: there is no connection, or QEMU did not take it.
         """
-        if self._stream is None:
-            raise WrongStateError("qpc-state-accept: qpc-state-listen first")
-        try:
-            await self._stream.accept_and_lend(self.monitor)
-        finally:
-            self._close_stream()
+        session = self._attached("qpc-state-lend").session
+        if session is None:
+            raise WrongStateError("qpc-state-lend needs lanes: qpc-listen first")
+        await stream.lend(await session.take_lanes(stream.LANES_SECONDS), self.monitor)
         return schema.Empty()
-
-    def _close_stream(self) -> None:
-        listener, self._stream = self._stream, None
-        if listener is not None:
-            listener.close()
 
     # --- sessions of lanes --------------------------------------------------------------------
 
@@ -275,7 +269,7 @@ class Handler(Companion):
                 index=0,
                 blocks=attachment.registration.ram_blocks,
             )
-            listener = LaneListener(expected, arguments.push_lanes)
+            listener = LaneListener(expected, arguments.push_lanes, arguments.device_state)
             port = await listener.open(arguments.host, arguments.port)
             session = Session(listener, LaneThreads(self._on_loop_end))
             attachment.session = session
@@ -290,7 +284,7 @@ class Handler(Companion):
         if session is None or session.serving:
             raise WrongStateError("qpc-serve needs a new session of lanes: qpc-listen first")
         session.serving = True
-        session.lanes = lanes = await session.listener.lanes(LANES_SECONDS)
+        lanes = await session.take_lanes(LANES_SECONDS)
         async with self._changing:
             if attachment is not self._attachment or attachment.session is not session:
                 raise WrongStateError("qpc-serve: this session of lanes was ended meanwhile")
@@ -418,7 +412,6 @@ class Handler(Companion):
 
     async def close_service(self) -> None:
         """End the loops; QEMU keeps its userfaultfd, and its guest waits for the next handler."""
-        self._close_stream()
         attachment = self._attachment
         if attachment is None:
             return

@@ -1,4 +1,4 @@
-"""Two network namespaces and a wire between them: the pages go over it, and nowhere else."""
+"""Two network namespaces and a wire between them: the pages and device state go over it."""
 
 from __future__ import annotations
 
@@ -62,6 +62,16 @@ def test_every_byte_crosses_the_wire(directory: Path, wire: Link) -> None:
         assert status(scene.destination) == "prelaunch"
         assert wire.received_bytes(wire.east) > result["bytes"]["wire"] > 4 * MIB
         scene.assert_nothing_left()
+
+
+def test_device_state_crosses_it_too(directory: Path, wire: Link) -> None:
+    """RAM that was never touched: nearly all that crosses is QEMU's own stream."""
+    with Scene(directory, sizes=SIZES, running=False) as scene:
+        put_apart(scene, wire)
+        result = scene.run_controller_here()
+        assert result["status"] == "completed", f"{result}\n{scene.logs()}"
+        carried = scene.source.observer.execute("query-migrate")["ram"]["transferred"]
+        assert wire.received_bytes(wire.east) > carried > 2 * result["bytes"]["wire"]
 
 
 def test_a_handler_that_is_killed_comes_back_in_its_namespace(directory: Path, wire: Link) -> None:

@@ -64,7 +64,7 @@ def test_a_companion_killed_with_everything_lent(
 
 
 def test_cancelled_and_tried_again(scene: Scene) -> None:
-    """Four calls before `migrate-incoming`: however slowly the signal is seen, it is in time."""
+    """Three calls before `migrate-incoming`: however slowly the signal is seen, it is in time."""
     turn_back(scene, "open_device_state:before SIGTERM controller", 143)
     ended = scene.migrate()
     assert ended.rc == 0, ended.err + scene.logs()
