@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from qpostcopy.bench.engine import Faults, Moved, NotMovedError, Pair
-from qpostcopy.bench.usage import CompanionUsage, usage_of
+from qpostcopy.bench.usage import MigrationUsage
 from qpostcopy.lab.operator import Message, run_migrate
 from qpostcopy.report import Result
 
@@ -29,15 +29,15 @@ class OwnEngine:
         run_directory = pair.directory / "run"
         plan = pair.directory / "plan.yaml"
         plan.write_text(yaml.safe_dump(self._plan(pair), sort_keys=False))
-        usage = CompanionUsage(run_directory)
+        usage = MigrationUsage(run_directory)
         heard: list[Message] = []
 
         def take(message: Message) -> None:
             heard.append(message)
             usage.look()
 
-        migrated = run_migrate(plan, run_directory, take, pair.environment)
-        processes = usage.collect() | {"cli": usage_of(migrated.rusage)}
+        migrated = run_migrate(plan, run_directory, take, pair.environment, usage.started)
+        processes = usage.collect(migrated.rusage)
         result = _result_of(heard, migrated.status)
         return Moved(_placed_s(heard), _faults(result), processes)
 

@@ -65,8 +65,8 @@ def stolen_and_all_ticks() -> tuple[int, int]:
 
 
 @dataclass
-class CompanionUsage:
-    """What the processes of one migration use: the controller, page server and handler.
+class MigrationUsage:
+    """What the processes of one migration use: the command, controller, page server and handler.
 
     :param run_directory: below which its state directory is made.
     """
@@ -75,24 +75,35 @@ class CompanionUsage:
     _pids: dict[str, int] = field(default_factory=dict)
     _seen: dict[str, Usage] = field(default_factory=dict)
 
+    def started(self, pid: int) -> None:
+        """The command itself."""
+        self._pids["cli"] = pid
+
     def look(self) -> None:
         """Note what is known now; cheap, to be called whenever something was told."""
-        if len(self._pids) < 3:
-            self._pids = self._find()
+        if len(self._pids) < 4:
+            self._pids |= self._find()
         for role, pid in self._pids.items():
             with suppress(OSError, ValueError):
                 self._seen[role] = _usage_of_living(pid)
 
-    def collect(self) -> dict[str, Usage]:
-        """After the command has ended: by role; the sum is exact."""
-        reaped = {role: usage for role, pid in self._pids.items() if (usage := _wait_for(pid))}
-        seen = {role: usage for role, usage in self._seen.items() if role not in reaped}
-        if (controller := reaped.get("controller")) is not None:
-            # It waited for those itself, so its own account holds theirs.
-            others = sum(usage.cpu_seconds for usage in seen.values())
-            own = max(0.0, controller.cpu_seconds - others)
-            reaped["controller"] = controller.model_copy(update={"cpu_seconds": own})
-        return seen | reaped
+    def collect(self, command: resource.struct_rusage) -> dict[str, Usage]:
+        """By role, after the command has ended. The sum of the CPU time is exact.
+
+        :param command: of the command, as wait4(2) gave it.
+        """
+        exact = {"cli": _cpu_seconds(command)}
+        for role, pid in self._pids.items():
+            if role != "cli" and (seconds := _wait_for(pid)) is not None:
+                exact[role] = seconds
+        # Whoever waited for the others: its account holds theirs.
+        parent = "controller" if "controller" in exact else "cli"
+        others = {role: usage for role, usage in self._seen.items() if role not in exact}
+        exact[parent] -= sum(usage.cpu_seconds for usage in others.values())
+        return {
+            role: usage.model_copy(update={"cpu_seconds": exact.get(role, usage.cpu_seconds)})
+            for role, usage in self._seen.items()
+        }
 
     def _find(self) -> dict[str, int]:
         for path in self.run_directory.glob("*/state.json"):
@@ -107,20 +118,18 @@ class CompanionUsage:
 
 
 def _usage_of_living(pid: int) -> Usage:
+    # Not of rusage: there, a process that was just forked counts its parent's memory.
     status = Path(f"/proc/{pid}/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return Usage(cpu_seconds=process_cpu_seconds(pid), peak_rss_bytes=int(peak.split()[1]) << 10)
 
 
-def usage_of(rusage: resource.struct_rusage) -> Usage:
-    """As wait4(2) gives it."""
-    return Usage(
-        cpu_seconds=rusage.ru_utime + rusage.ru_stime, peak_rss_bytes=rusage.ru_maxrss << 10
-    )
+def _cpu_seconds(rusage: resource.struct_rusage) -> float:
+    return rusage.ru_utime + rusage.ru_stime
 
 
-def _wait_for(pid: int) -> Usage | None:
-    """Of an orphan that is ours now, once it has ended; None if it was never ours, or stays."""
+def _wait_for(pid: int) -> float | None:
+    """CPU time of an orphan that is ours now, once it has ended; None if it was never ours."""
     deadline = time.monotonic() + _END_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -128,6 +137,6 @@ def _wait_for(pid: int) -> Usage | None:
         except ChildProcessError:
             return None
         if ended:
-            return usage_of(rusage)
+            return _cpu_seconds(rusage)
         time.sleep(_LOOK_SECONDS)
     return None

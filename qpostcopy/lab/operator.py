@@ -17,7 +17,10 @@ Message = dict[str, Any]
 
 
 class Migrated(NamedTuple):
-    """What that command left: its exit code, and what the kernel says that it used."""
+    """What that command left.
+
+    :ivar rusage: its own and that of the processes that it waited for.
+    """
 
     status: int
     rusage: resource.struct_rusage
@@ -28,11 +31,13 @@ def run_migrate(
     run_directory: Path,
     show: Callable[[Message], None],
     environment: Mapping[str, str] | None = None,
+    started: Callable[[int], None] = lambda pid: None,
 ) -> Migrated:
     """Run the command to its end, and hand on each of its messages.
 
     :param run_directory: below which the state directory is made.
     :param environment: is added to ours.
+    :param started: called with its pid.
     """
     command = [sys.executable, "-m", "qpostcopy", "migrate", str(plan), "--json"]
     variables = os.environ | {"QPOSTCOPY_RUN_DIR": str(run_directory)} | dict(environment or {})
@@ -42,6 +47,7 @@ def run_migrate(
         _handed_on(child),
     ):
         assert child.stdout
+        started(child.pid)
         for line in child.stdout:
             show(json.loads(line))
         _, status, rusage = os.wait4(child.pid, 0)
