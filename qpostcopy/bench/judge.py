@@ -60,12 +60,13 @@ class Judged:
         summary = self.summary(figure)
         if summary is None:
             return False
-        if figure.name == "fault_p99_us" and self._faults() < _P99_FAULTS:
-            return True
-        return summary.is_noise(self.resolution(figure))
+        return self.is_anecdote(figure) or summary.is_noise(self.resolution(figure))
 
-    def _faults(self) -> float:
-        return median(run.figures.faults or 0 for run in self.good)
+    def is_anecdote(self, figure: Figure) -> bool:
+        """Whether there were too few faults to speak of their 99th percentile."""
+        if figure.name != "fault_p99_us" or not self.good:
+            return False
+        return median(run.figures.faults or 0 for run in self.good) < _P99_FAULTS
 
 
 def subject_of(book: Book) -> Subject | None:
