@@ -1,0 +1,138 @@
+"""Who is better, and by how much, where the spread allows to say so. Pure.
+
+Rows that differ in a label only (the harness checking itself) are no rivals of anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import inf
+from typing import NamedTuple
+
+from qpostcopy.bench.figures import Figure
+from qpostcopy.bench.judge import Judged
+from qpostcopy.bench.model import Cell, Engine, Link
+from qpostcopy.bench.statistics import Ratio, Summary, ratio_of
+
+_ENGINES = tuple(Engine)
+
+
+class Place(NamedTuple):
+    """What is equal for all rows of one table."""
+
+    qemu: str
+    workload: str
+    link: Link
+    memory_mib: int
+
+    def __str__(self) -> str:
+        return f"QEMU {self.qemu}, {self.workload}, {self.link}, {self.memory_mib} MiB"
+
+
+class Interval(NamedTuple):
+    """Where the true median lies, as far as can be told."""
+
+    low: float
+    high: float
+
+    def is_below(self, other: Interval) -> bool:
+        return self.high < other.low
+
+
+class Verdict(NamedTuple):
+    """qpostcopy against the best of QEMU's engines, in one figure.
+
+    :ivar better: None where the spread does not tell.
+    :ivar ratio: of the worse to the better; None where one of them is noise.
+    """
+
+    figure: Figure
+    ours: Judged
+    other: Judged
+    better: bool | None
+    ratio: Ratio | None
+
+
+def place_of(cell: Cell) -> Place:
+    return Place(cell.qemu, cell.workload, cell.link, cell.memory_mib)
+
+
+def by_place(judged: Iterable[Judged]) -> dict[Place, tuple[Judged, ...]]:
+    """The rows of each table, in the order of the engines."""
+    found: dict[Place, list[Judged]] = {}
+    for one in judged:
+        found.setdefault(place_of(one.cell), []).append(one)
+    return {place: tuple(sorted(rows, key=_order)) for place, rows in found.items()}
+
+
+def interval_of(judged: Judged, figure: Figure) -> Interval | None:
+    """Anything, if there is one value only; below the resolution as wide as that."""
+    summary = judged.summary(figure)
+    if summary is None:
+        return None
+    if summary.values < 2 or judged.is_anecdote(figure):
+        return Interval(-inf, inf)
+    resolution = judged.resolution(figure)
+    if abs(summary.median) >= resolution:
+        return Interval(summary.low, summary.high)
+    return Interval(min(summary.low, -resolution), max(summary.high, resolution))
+
+
+def winner(rows: Sequence[Judged], figure: Figure) -> Judged | None:
+    """The best of a column, if that is beyond doubt.
+
+    An engine that lost guests or gave up has figures of its lucky runs only: it wins nothing.
+    """
+    ranked = _ranked(rows, figure)
+    if len(ranked) < 2 or ranked[0].bad:
+        return None
+    best, *others = ranked
+    return best if all(_is_below(best, other, figure) for other in others) else None
+
+
+def verdicts(rows: Sequence[Judged], figures: Iterable[Figure]) -> tuple[Verdict, ...]:
+    """One for each figure that both sides have."""
+    found = []
+    for figure in figures:
+        ranked = _ranked(rows, figure)
+        ours = [one for one in ranked if one.cell.engine is Engine.QPOSTCOPY]
+        theirs = [one for one in ranked if one.cell.engine is not Engine.QPOSTCOPY]
+        if ours and theirs:
+            found.append(_verdict(figure, ours[0], theirs[0]))
+    return tuple(found)
+
+
+def _verdict(figure: Figure, ours: Judged, other: Judged) -> Verdict:
+    if _is_below(ours, other, figure):
+        return Verdict(figure, ours, other, True, _ratio(other, ours, figure))
+    if _is_below(other, ours, figure):
+        return Verdict(figure, ours, other, False, _ratio(ours, other, figure))
+    return Verdict(figure, ours, other, None, None)
+
+
+def _ratio(worse: Judged, better: Judged, figure: Figure) -> Ratio | None:
+    if worse.is_noise(figure) or better.is_noise(figure):
+        return None
+    return ratio_of(_summary(worse, figure), _summary(better, figure))
+
+
+def _ranked(rows: Iterable[Judged], figure: Figure) -> list[Judged]:
+    """The rivals that have this figure, the least median first."""
+    known = [row for row in rows if not row.cell.label and row.summary(figure) is not None]
+    return sorted(known, key=lambda row: _summary(row, figure).median)
+
+
+def _is_below(one: Judged, other: Judged, figure: Figure) -> bool:
+    low, high = interval_of(one, figure), interval_of(other, figure)
+    return low is not None and high is not None and low.is_below(high)
+
+
+def _summary(judged: Judged, figure: Figure) -> Summary:
+    """Of a row that is known to have one."""
+    summary = judged.summary(figure)
+    assert summary is not None
+    return summary
+
+
+def _order(judged: Judged) -> tuple[int, str]:
+    return _ENGINES.index(judged.cell.engine), judged.cell.label

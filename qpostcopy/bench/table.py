@@ -1,0 +1,120 @@
+"""The report in the terminal.
+
+A cell is a median with its interval below it. A table that is too wide for the
+terminal goes on below itself, as many columns at a time as fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from qpostcopy.bench.limits import Limits
+from qpostcopy.bench.model import Book, Link
+from qpostcopy.bench.sheet import Entry, Grid, Report, Row, Sheet, report_of
+
+#: Between two columns.
+_GAP = 2
+
+
+def print_report(book: Book, console: Console) -> None:
+    """All tables of what the newest session measured."""
+    report = report_of(book)
+    if report is None:
+        console.print("no runs yet")
+        return
+    _print_head(report, console)
+    for sheet in report.sheets:
+        print_sheet(sheet, console)
+
+
+def print_sheet(sheet: Sheet, console: Console) -> None:
+    """One table, its verdict and its notes."""
+    console.print(Text(str(sheet.place), style="bold"))
+    for table in tables_of(sheet.grid, console.width):
+        console.print(table)
+    for verdict in sheet.verdicts:
+        console.print(_indented(verdict))
+    for note in sheet.notes:
+        console.print(_indented(note, style="dim"))
+    console.print()
+
+
+def tables_of(grid: Grid, width: int) -> list[Table]:
+    """As many as it takes to stay within so many columns of characters."""
+    engines = _width(["engine", *(row.engine for row in grid.rows)])
+    used = engines + _width(["runs", *(line for row in grid.rows for line in row.runs)])
+    groups: list[list[int]] = [[]]
+    for index in range(len(grid.columns)):
+        needed = _column_width(grid, index)
+        if groups[-1] and used + needed > width:
+            groups.append([])
+            used = engines
+        groups[-1].append(index)
+        used += needed
+    return [_table(grid, group, with_runs=group is groups[0]) for group in groups]
+
+
+def _column_width(grid: Grid, index: int) -> int:
+    entries = [row.entries[index] for row in grid.rows]
+    return _width([grid.columns[index], *(text for one in entries for text in one[:2])])
+
+
+def _width(texts: Iterable[str]) -> int:
+    return max(len(text) for text in texts) + _GAP
+
+
+def _table(grid: Grid, shown: Sequence[int], with_runs: bool) -> Table:
+    # the box puts a column of its own between two
+    table = Table(box=SIMPLE_HEAD, padding=(0, _GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("engine", no_wrap=True)
+    if with_runs:
+        table.add_column("runs", no_wrap=True)
+    for index in shown:
+        table.add_column(grid.columns[index], justify="right", no_wrap=True)
+    for row in grid.rows:
+        runs = [_runs(row)] if with_runs else []
+        table.add_row(Text(row.engine), *runs, *(_cell(row.entries[i]) for i in shown))
+    return table
+
+
+def _runs(row: Row) -> Text:
+    return Text("\n".join(row.runs))
+
+
+def _cell(entry: Entry) -> Text:
+    text = Text(entry.value, style="bold" if entry.is_best else "")
+    if entry.span:
+        text.append(f"\n{entry.span}", style="not bold dim")
+    return text
+
+
+def _indented(text: str, style: str = "") -> Padding:
+    return Padding(Text(text, style=style), (0, 0, 0, _GAP))
+
+
+def _print_head(report: Report, console: Console) -> None:
+    table = Table(box=None, show_header=False, padding=(0, _GAP, 0, 0), pad_edge=False)
+    for what, which in report.head:
+        table.add_row(Text(what, style="dim"), Text(which))
+    console.print(table)
+    console.print()
+    for link, limits in report.limits.items():
+        _print_limits(link, limits, console)
+
+
+def _print_limits(link: Link, limits: Limits, console: Console) -> None:
+    console.print(Text(f"limits of the machine, {link}", style="bold"))
+    for name, value in limit_rows(limits):
+        console.print(_indented(f"{name}: {value}"))
+    console.print()
+
+
+def limit_rows(limits: Limits) -> list[tuple[str, str]]:
+    """Each with its name, which has the unit."""
+    return [(name.replace("_", " "), f"{value}") for name, value in limits]
