@@ -1,0 +1,158 @@
+"""The pictures: that there are some, that they say what they show, and none of nothing."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure as Picture
+from matplotlib.image import imread
+
+from qpostcopy.bench.compare import Place, by_place, place_of
+from qpostcopy.bench.judge import Judged, judge
+from qpostcopy.bench.model import Book, Cell, Engine, Portrait, Run
+from qpostcopy.bench.plots import (
+    LOOKS,
+    draw_arrivals,
+    draw_faults,
+    draw_speed,
+    write_plots,
+)
+from tests.bench.books import SESSION, SUBJECT, book, cell, moved, run
+
+PLACE = place_of(cell())
+_MAX_BYTES = 150_000
+
+
+def measured(of: Cell, total_ms: float = 1000.0, **changed: Any) -> Run:
+    singly = of.engine is Engine.QPOSTCOPY
+    given: dict[str, Any] = {
+        "figures": {"total_ms": total_ms, "fault_mean_us": 150.0, "faults": 800.0},
+        "speed": tuple((float(ms), int(0.8 * ms) + 1000) for ms in range(-600, 2000, 10)),
+        "stopped_ms": 20.0,
+        "resumed_ms": 31.0,
+        "histogram": ((64.0, 300), (128.0, 400), (256.0, 100)) if singly else (),
+    }
+    return run(of, **given | changed)
+
+
+def portrait(of: Cell, **changed: object) -> Portrait:
+    arrivals = tuple((float(ms), ms // 20, 2048) for ms in range(0, 1280, 20))
+    given = {"session": SESSION.id, "parts": 64, "stopped_ms": 20.0, "resumed_ms": 31.0}
+    return Portrait.model_validate(given | {"cell": of, "arrivals": arrivals} | changed)
+
+
+def whole(engines: tuple[Engine, ...] = tuple(Engine)) -> Book:
+    cells = [cell(engine) for engine in engines]
+    return book(
+        [measured(one, 1000.0 + index) for one in cells for index in range(5)],
+        portraits=[portrait(one) for one in cells],
+    )
+
+
+def rows(*of: Run) -> tuple[Judged, ...]:
+    (found,) = by_place(judge(book(of), SUBJECT).values()).values()
+    return found
+
+
+def words(picture: Picture | None) -> str:
+    """All that is written in a picture."""
+    assert picture is not None
+    picture.draw_without_rendering()
+    legends = [legend for axes in picture.axes if (legend := axes.get_legend())]
+    return "\n".join(
+        [
+            picture.get_suptitle(),
+            *(text.get_text() for legend in legends for text in legend.get_texts()),
+            *(text.get_text() for axes in picture.axes for text in axes.texts),
+            *(axes.get_title("left") for axes in picture.axes),
+            *(axes.get_xlabel() for axes in picture.axes),
+            *(axes.get_ylabel() for axes in picture.axes),
+        ]
+    )
+
+
+def test_the_files_are_pictures_with_content(tmp_path: Path) -> None:
+    written = write_plots(whole(), tmp_path / "new" / "plots")
+    files = [plot.file for plot in written[PLACE]]
+    assert files == [f"{name}-10.0-kv-1gbit-512.png" for name in ("speed", "faults", "arrivals")]
+    for file in files:
+        path = tmp_path / "new" / "plots" / file
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG\r\n\x1a\n")
+        assert struct.unpack(">I", data[16:20])[0] == 810
+        assert len(data) <= _MAX_BYTES
+        assert imread(path)[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [("speed", "seconds since"), ("faults", "time from"), ("arrivals", "RAM (MiB)")],
+)
+def test_a_picture_says_what_it_shows(name: str, axis: str) -> None:
+    of = whole()
+    drawn = {
+        "speed": draw_speed(PLACE, rows(*of.runs)),
+        "faults": draw_faults(PLACE, rows(*of.runs)),
+        "arrivals": draw_arrivals(PLACE, of.portraits),
+    }
+    text = words(drawn[name])
+    assert str(PLACE) in text
+    assert axis in text
+    assert [engine for engine in Engine if str(engine) not in text.splitlines()] == []
+
+
+def test_engines_differ_without_colour() -> None:
+    assert LOOKS.keys() == set(Engine)
+    for part in zip(*LOOKS.values(), strict=True):
+        assert len(set(part)) == len(LOOKS)
+
+
+def test_no_picture_of_nothing(tmp_path: Path) -> None:
+    bare = [run(cell(engine), figures={"total_ms": 9.0}) for engine in Engine]
+    assert write_plots(book(bare), tmp_path) == {PLACE: ()}
+    assert write_plots(Book(), tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
+    assert draw_arrivals(PLACE, [portrait(cell(), arrivals=())]) is None
+
+
+def test_bad_and_moved_runs_are_in_no_picture(tmp_path: Path) -> None:
+    died = measured(cell(Engine.POSTCOPY), outcome="guest-died")
+    off = measured(cell(Engine.PREEMPT), baseline=moved(3000.0))
+    ours = [measured(cell()) for _ in range(3)]
+    for draw in (draw_speed, draw_faults):
+        (file, *_) = write_plots(book([died, off, *ours]), tmp_path)[PLACE]
+        assert file
+        text = words(draw(PLACE, [row for row in rows(died, off, *ours) if row.good]))
+        assert "qpostcopy" in text
+        assert "qemu" not in text
+
+
+def test_a_portrait_alone_is_drawn(tmp_path: Path) -> None:
+    of = book([], portraits=[portrait(cell(Engine.PREEMPT, workload="odd name/.."))])
+    ((place, (plot,)),) = write_plots(of, tmp_path).items()
+    assert place == Place("10.0", "odd name/..", cell().link, 512)
+    assert (tmp_path / plot.file).read_bytes().startswith(b"\x89PNG")
+
+
+def test_portraits_of_other_subjects_are_not_drawn(tmp_path: Path) -> None:
+    of = book([], portraits=[portrait(cell(), session="20250101T000000")])
+    assert write_plots(of, tmp_path) == {}
+
+
+def test_the_newest_portrait_is_drawn() -> None:
+    old = portrait(cell(), arrivals=((90_000.0, 1, 1),))
+    picture = draw_arrivals(PLACE, [old, portrait(cell())])
+    assert picture is not None
+    assert picture.axes[0].get_xlim()[1] < 2.0
+
+
+def test_a_mean_that_is_noise_is_a_band_without_a_number() -> None:
+    of = [
+        measured(cell(Engine.POSTCOPY), figures={"fault_mean_us": mean})
+        for mean in (100.0, 777.0, 5000.0)
+    ]
+    assert "mean 777 us" not in words(draw_faults(PLACE, rows(*of)))
+    assert "mean 777 us" in words(draw_faults(PLACE, rows(of[1], of[1])))
