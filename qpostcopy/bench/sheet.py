@@ -75,12 +75,14 @@ class Sheet:
     """One table.
 
     :ivar more: the figures that only the page has room for.
+    :ivar own_cost: what the page has in `more`, for where there is no room.
     """
 
     place: Place
     grid: Grid
     more: Grid
     verdicts: tuple[str, ...]
+    own_cost: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -124,7 +126,8 @@ def sheet_of(place: Place, rows: Sequence[Judged]) -> Sheet:
         grid=_grid(rows, main),
         more=_grid(rows, rest),
         verdicts=tuple(verdict_text(verdict) for verdict in verdicts(rows, main)),
-        notes=(*_own_cost(rows), *_ends(rows), *_few(rows)),
+        own_cost=tuple(_own_cost(rows)),
+        notes=(*_ends(rows), *_few(rows)),
     )
 
 

@@ -40,7 +40,7 @@ def print_sheet(sheet: Sheet, console: Console) -> None:
         console.print(table)
     for verdict in sheet.verdicts:
         console.print(_indented(verdict))
-    for note in sheet.notes:
+    for note in (*sheet.own_cost, *sheet.notes):
         console.print(_indented(note, style="dim"))
     console.print()
 

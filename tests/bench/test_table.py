@@ -141,11 +141,12 @@ def test_a_column_that_nobody_has_is_left_out() -> None:
     assert sheet(runs(cell(), "total_ms", [1.0])).grid.columns == ("total",)
 
 
-def test_our_own_cost_is_a_note() -> None:
+def test_our_own_cost_is_said() -> None:
     of = runs(cell(), "own_rss_bytes", [float(90 << 20)] * 5, own_cpu_seconds=0.5)
-    assert sheet(of).notes == (
+    assert sheet(of).own_cost == (
         "qpostcopy: our CPU 0.50 s (0.50..0.50 s), our memory 90.0 MiB (90.0..90.0 MiB)",
     )
+    assert "qpostcopy: our CPU 0.50 s" in printed(book(of))
 
 
 def test_the_head_says_what_was_measured() -> None:
