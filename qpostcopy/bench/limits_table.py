@@ -12,18 +12,27 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+LIMIT_COLUMNS = ("median", "low", "high", "samples")
+
+
 def limits_table(limits: Limits) -> Table:
     """One row a figure: median, and the interval in which the true one lies."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, expand=False)
     table.add_column("at best", no_wrap=True)
-    for name in ("median", "low", "high", "samples"):
+    for name in LIMIT_COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
+    for row in limit_rows(limits):
+        table.add_row(*row)
+    return table
+
+
+def limit_rows(limits: Limits) -> Iterator[tuple[str, ...]]:
+    """The name of each figure, then its columns, as text."""
     for name, measured, human in _rows(limits):
         values = (measured.median, measured.low, measured.high)
-        table.add_row(name, *map(human, values), str(measured.samples))
-    return table
+        yield (name, *map(human, values), str(measured.samples))
 
 
 def _rows(limits: Limits) -> Iterator[tuple[str, Measured, Callable[[float], str]]]:

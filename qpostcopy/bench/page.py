@@ -12,10 +12,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qpostcopy.bench.compare import Place
+from qpostcopy.bench.limits_table import LIMIT_COLUMNS, limit_rows
 from qpostcopy.bench.model import Book
 from qpostcopy.bench.plots import Plot, write_plots
 from qpostcopy.bench.sheet import Entry, Report, report_of
-from qpostcopy.bench.table import limit_rows
 
 PAGE = "bench.md"
 PLOTS = "plots"
@@ -42,7 +42,8 @@ def page_text(report: Report | None, plots: Mapping[Place, Sequence[Plot]]) -> s
     template = _environment().get_template("page.md.j2")
     text = template.render(
         report=report,
-        limits={link: limit_rows(limits) for link, limits in report.limits.items()},
+        limits={link: list(limit_rows(limits)) for link, limits in report.limits.items()},
+        limit_columns=LIMIT_COLUMNS,
         plots=plots,
         alone=[place for place in plots if plots[place] and place not in in_sheets],
         folder=PLOTS,

@@ -137,7 +137,7 @@ def sheet_of(place: Place, rows: Sequence[Judged]) -> Sheet:
 def _measured(subject: Subject) -> Iterable[tuple[str, str]]:
     machine = subject.machine
     memory = human_bytes(machine.memory_bytes)
-    yield "machine", f"{machine.cpu}, {machine.cores} cores, {memory}, {machine.kernel}"
+    yield "machine", f"{machine.cpu}, {machine.cores} cores, {memory}, Linux {machine.kernel}"
     yield "code", f"{subject.code[:_HASH_DIGITS]}, guest {subject.guest[:_HASH_DIGITS]}"
     yield "QEMU", "; ".join(f"{name}: {version}" for name, version in subject.qemus.items())
 
@@ -158,13 +158,15 @@ def _counted(
 
 
 def _rates(sessions: Iterable[Session]) -> Iterable[tuple[str, str]]:
-    by_qemu: dict[str, list[str]] = {}
+    """A rate is calibrated once and holds on, so later sessions rarely add one."""
+    known: dict[str, list[str]] = {}
     for session in sessions:
-        for qemu, rate in session.rates.items():
-            by_qemu.setdefault(qemu, []).append(str(rate))
-    if by_qemu:
-        listed = (f"QEMU {qemu}: {', '.join(rates)}" for qemu, rates in by_qemu.items())
-        yield "service", f"requests a second, by session; {'; '.join(listed)}"
+        for key, rate in session.rates.items():
+            if str(rate) not in known.setdefault(key, []):
+                known[key].append(str(rate))
+    if known:
+        listed = "; ".join(f"{key}: {', '.join(rates)}" for key, rates in known.items())
+        yield "service", f"requests a second, by QEMU/MiB: {listed}"
 
 
 def _steal(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:

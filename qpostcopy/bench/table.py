@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qpostcopy.bench.limits import Limits
+from qpostcopy.bench.limits_table import limits_table
 from qpostcopy.bench.model import Book, Link
 from qpostcopy.bench.sheet import Entry, Grid, Report, Row, Sheet, report_of
 
@@ -110,11 +111,5 @@ def _print_head(report: Report, console: Console) -> None:
 
 def _print_limits(link: Link, limits: Limits, console: Console) -> None:
     console.print(Text(f"limits of the machine, {link}", style="bold"))
-    for name, value in limit_rows(limits):
-        console.print(_indented(f"{name}: {value}"))
+    console.print(limits_table(limits))
     console.print()
-
-
-def limit_rows(limits: Limits) -> list[tuple[str, str]]:
-    """Each with its name, which has the unit."""
-    return [(name.replace("_", " "), f"{value}") for name, value in limits]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from qpostcopy.bench.limits import Latency, Limits, Measured
 from qpostcopy.bench.model import (
     Baseline,
     Book,
@@ -20,14 +21,26 @@ from qpostcopy.bench.model import (
     Subject,
 )
 
-MACHINE = Machine(cpu="Made-up CPU", cores=2, memory_bytes=8 << 30, kernel="Linux 6.18")
+MACHINE = Machine(cpu="Made-up CPU", cores=2, memory_bytes=8 << 30, kernel="6.18")
 SUBJECT = Subject(code="c0de" * 16, guest="9e57" * 16, machine=MACHINE, qemus={"10.0": "10.0.2"})
-SESSION = Session(id="20261123T101500", subject=SUBJECT, rates={"10.0": 1800})
+SESSION = Session(id="20261123T101500", subject=SUBJECT, rates={"10.0/512": 1800})
 BASELINE = Baseline(
     operations_per_second=1000.0,
     operations_per_cpu_second=1000.0,
     deviation=0.01,
     seconds=2.0,
+)
+_MEASURED = Measured(median=21.5, low=20.5, high=22.5, samples=5)
+_LATENCY = Latency(p50_us=_MEASURED, p90_us=_MEASURED, p99_us=_MEASURED)
+LIMITS = Limits(
+    size_bytes=512 << 20,
+    socket_bytes_per_second=_MEASURED.model_copy(update={"median": float(3 << 30)}),
+    place_bytes_per_second=_MEASURED,
+    fault_poll=_LATENCY,
+    fault_same_core=_LATENCY,
+    fault_spin=_LATENCY,
+    byte_roundtrip=_LATENCY,
+    page_roundtrip=_LATENCY,
 )
 
 

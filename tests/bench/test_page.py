@@ -10,7 +10,7 @@ from pathlib import Path
 from qpostcopy.bench.model import Book, Engine, Link, Run
 from qpostcopy.bench.page import PAGE, cell_text, page_text, write_report
 from qpostcopy.bench.sheet import report_of
-from tests.bench.books import book, cell, moved, run, runs
+from tests.bench.books import LIMITS, SESSION, book, cell, moved, run, runs
 from tests.bench.test_plots import whole
 
 
@@ -75,6 +75,15 @@ def test_the_cells_are_those_of_the_terminal() -> None:
 
 
 NOISE = r"**noise**<br>\< 20 ms"
+
+
+def test_the_limits_have_tables_of_their_own() -> None:
+    session = SESSION.model_copy(update={"limits": dict.fromkeys(Link, LIMITS)})
+    text = page_text(report_of(book([run()], sessions=[session])), {})
+    _, *limits, _ = tables(text)
+    assert [table[0] for table in limits] == [["at best", "median", "low", "high", "samples"]] * 2
+    assert limits[0][2][:2] == ["bare socket", "3.00 GiB/s"]
+    assert "## Limits of the machine: 1gbit\n" in text
 
 
 def test_a_portrait_without_runs_has_its_place(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qpostcopy.bench.judge import judge
 from qpostcopy.bench.model import Book, Engine, Link, Run
 from qpostcopy.bench.sheet import NOT_YET, PRECOPY_ROW, Entry, Sheet, entry_of, report_of
 from qpostcopy.bench.table import print_report, tables_of
-from tests.bench.books import SESSION, SUBJECT, book, cell, moved, run, runs
+from tests.bench.books import LIMITS, SESSION, SUBJECT, book, cell, moved, run, runs
 
 BY_NAME = {figure.name: figure for figure in FIGURES}
 ALL_FIGURES = dict.fromkeys(BY_NAME, 123456.0)
@@ -161,7 +161,7 @@ def test_the_head_says_what_was_measured() -> None:
     assert head["QEMU"] == "10.0: 10.0.2"
     assert head["sessions"] == "1: 20261123T101500"
     assert head["left out"] == "3 runs of other code, another guest, QEMU or machine"
-    assert head["service"].endswith("QEMU 10.0: 1800")
+    assert head["service"].endswith("by QEMU/MiB: 10.0/512: 1800")
     assert head["steal"] == "the machine's own host took up to 25% of CPU time in 1 of 2 runs"
     assert "0ther" not in printed(book(of, sessions=[other, SESSION]))
 
@@ -187,3 +187,18 @@ def test_a_narrow_table_goes_on_below() -> None:
 
 def test_nothing_yet() -> None:
     assert printed(Book()) == "no runs yet\n"
+
+
+def test_the_limits_are_those_of_the_newest_session_that_has_them() -> None:
+    older = SESSION.model_copy(update={"limits": dict.fromkeys(Link, LIMITS)})
+    faster = LIMITS.model_copy(update={"fault_spin": LIMITS.fault_poll, "size_bytes": 1 << 20})
+    newer = SESSION.model_copy(update={"id": "20261125", "limits": {Link.LOOPBACK: faster}})
+    last = SESSION.model_copy(update={"id": "20261126"})
+    of = book([run()], sessions=[older, newer, last])
+    report = report_of(of)
+    assert report is not None
+    assert report.limits == {Link.LOOPBACK: faster, Link.GIGABIT: LIMITS}
+    text = printed(of)
+    assert text.count("3.00 GiB/s") == 2
+    assert [str(link) for link in Link if f"limits of the machine, {link}\n" in text] == [*Link]
+    assert "limits" not in printed(book([run()]))
