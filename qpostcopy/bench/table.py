@@ -6,17 +6,16 @@ terminal goes on below itself, as many columns at a time as fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qpostcopy.bench.limits import Limits
 from qpostcopy.bench.limits_table import limits_table
-from qpostcopy.bench.model import Book, Link
+from qpostcopy.bench.model import Book
 from qpostcopy.bench.sheet import Entry, Grid, Report, Row, Sheet, report_of
 
 #: Between two columns.
@@ -26,24 +25,33 @@ _GAP = 2
 def print_report(book: Book, console: Console) -> None:
     """All tables of what the newest session measured."""
     report = report_of(book)
-    if report is None:
-        console.print("no runs yet")
-        return
-    _print_head(report, console)
+    parts = _parts(report, console.width) if report else [Text("no runs yet")]
+    # Cut into lines here, whatever the console is used to: a table knows its width.
+    console.print(Group(*parts), soft_wrap=False)
+
+
+def _parts(report: Report, width: int) -> Iterator[RenderableType]:
+    yield _head(report)
+    yield ""
+    for link, limits in report.limits.items():
+        yield Text(f"limits of the machine, {link}", style="bold")
+        yield limits_table(limits)
+        yield ""
     for sheet in report.sheets:
-        print_sheet(sheet, console)
+        yield from _sheet_parts(sheet, width)
 
 
-def print_sheet(sheet: Sheet, console: Console) -> None:
+def _sheet_parts(sheet: Sheet, width: int) -> Iterator[RenderableType]:
     """One table, its verdict and its notes."""
-    console.print(Text(str(sheet.place), style="bold"))
-    for table in tables_of(sheet.grid, console.width):
-        console.print(table)
+    yield Text(str(sheet.place), style="bold")
+    for table in tables_of(sheet.grid, width):
+        yield table
+        yield ""
     for verdict in sheet.verdicts:
-        console.print(_indented(verdict))
+        yield _indented(verdict)
     for note in (*sheet.own_cost, *sheet.notes):
-        console.print(_indented(note, style="dim"))
-    console.print()
+        yield _indented(note, style="dim")
+    yield ""
 
 
 def tables_of(grid: Grid, width: int) -> list[Table]:
@@ -96,20 +104,11 @@ def _cell(entry: Entry) -> Text:
 
 
 def _indented(text: str, style: str = "") -> Padding:
-    return Padding(Text(text, style=style), (0, 0, 0, _GAP))
+    return Padding(Text(text, style=style), (0, 0, 0, _GAP), expand=False)
 
 
-def _print_head(report: Report, console: Console) -> None:
+def _head(report: Report) -> Table:
     table = Table(box=None, show_header=False, padding=(0, _GAP, 0, 0), pad_edge=False)
     for what, which in report.head:
         table.add_row(Text(what, style="dim"), Text(which))
-    console.print(table)
-    console.print()
-    for link, limits in report.limits.items():
-        _print_limits(link, limits, console)
-
-
-def _print_limits(link: Link, limits: Limits, console: Console) -> None:
-    console.print(Text(f"limits of the machine, {link}", style="bold"))
-    console.print(limits_table(limits))
-    console.print()
+    return table

@@ -24,7 +24,9 @@ ALL_FIGURES = dict.fromkeys(BY_NAME, 123456.0)
 
 def printed(of: Book, width: int = 200, styled: bool = False) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=styled, no_color=not styled)
+    console = Console(
+        file=out, width=width, force_terminal=styled, no_color=not styled, soft_wrap=True
+    )
     print_report(of, console)
     return out.getvalue()
 
@@ -168,12 +170,12 @@ def test_the_head_says_what_was_measured() -> None:
 
 @pytest.mark.parametrize("width", [80, 100, 132, 250])
 def test_it_fits_the_terminal(width: int) -> None:
-    of = [
-        run(cell(engine, link=link), figures=ALL_FIGURES) for engine in Engine for link in Link
-    ] + [run(cell(Engine.PRECOPY), outcome="gave-up")]
+    of = [run(cell(engine, link=link), figures=ALL_FIGURES) for engine in Engine for link in Link]
+    of += [run(cell(Engine.PRECOPY), outcome="gave-up", reason="word " * 50 + "last")]
     text = printed(book(of), width)
     assert max(len(line) for line in text.splitlines()) <= width
     assert "…" not in text
+    assert "last" in text
     for figure in FIGURES:
         assert not figure.in_table or figure.title in text
 
