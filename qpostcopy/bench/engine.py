@@ -54,18 +54,20 @@ class Faults:
 class Moved:
     """A migration that came to its end.
 
+    :ivar ended_s: when it was over for the operator, of `time.monotonic()`.
     :ivar placed_s: when the last page was at the destination, by the host's wall clock.
     :ivar faults: None if the engine leaves none.
     :ivar processes: of our own, by role.
     """
 
+    ended_s: float
     placed_s: float
     faults: Faults | None = None
     processes: Mapping[str, Usage] = field(default_factory=dict)
 
 
 class Mover(Protocol):
-    """An engine. Has nothing to say about the time it took: that is taken from outside."""
+    """An engine. What it says itself of its time is not asked: that is taken from outside."""
 
     @property
     def shared_ram(self) -> bool:

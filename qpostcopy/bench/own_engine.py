@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,10 @@ class OwnEngine:
             usage.look()
 
         migrated = run_migrate(plan, run_directory, take, pair.environment, usage.started)
+        ended_s = time.monotonic()
         processes = usage.collect(migrated.rusage)
         result = _result_of(heard, migrated.status)
-        return Moved(_placed_s(heard), _faults(result), processes)
+        return Moved(ended_s, _placed_s(heard), _faults(result), processes)
 
     def _plan(self, pair: Pair) -> dict[str, object]:
         return {

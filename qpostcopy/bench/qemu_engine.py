@@ -68,6 +68,7 @@ class QemuEngine:
         at_source = self._await_end(source)
         at_destination = _await_status(pair.destination.observer, _ENDED, _POSTCOPY_SECONDS)
         return Moved(
+            ended_s=time.monotonic(),
             placed_s=max(at_source, at_destination),
             faults=_faults(pair) if self.postcopy else None,
         )

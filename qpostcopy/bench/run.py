@@ -35,7 +35,7 @@ from qpostcopy.errors import QpostcopyError
 from qpostcopy.lab.guest import Guest, GuestError, Ready
 from qpostcopy.lab.measure import Measurement
 from qpostcopy.lab.vm import Backend, Boot, Vm, VmSpec
-from qpostcopy.lab.warm import touch_and_free
+from qpostcopy.lab.warm import touch_and_free_elsewhere
 
 ENGINES: dict[Engine, Mover] = {
     Engine.QPOSTCOPY: OwnEngine(),
@@ -110,7 +110,7 @@ def stage(cell: Cell, conditions: Conditions, *, shared: bool) -> Iterator[Stage
         directory = Path(tempfile.mkdtemp(prefix="qpostcopy-bench-", dir=_TMPFS))
         held.callback(shutil.rmtree, directory, ignore_errors=True)
         ends = held.enter_context(open_link(cell.link))
-        touch_and_free(2 * cell.memory_mib << 20)
+        touch_and_free_elsewhere(2 * cell.memory_mib << 20)
         backend = _backend(cell, shared=shared)
         source = _vm("source", cell, conditions, backend, ends, directory)
         destination = _vm("destination", cell, conditions, backend, ends, directory)
@@ -198,7 +198,7 @@ class _Play:
             self._mover.prepare(self._pair)
             baseline = self._baseline()
             self._note(baseline=baseline)
-            touch_and_free(self._stage.memory_bytes)
+            touch_and_free_elsewhere(self._stage.memory_bytes)
             self._note(figures=self._move())
             self._settle(baseline)
             self._note_cost(baseline)
@@ -246,7 +246,6 @@ class _Play:
         with self._painted():
             self._started_s = time.monotonic()
             moved = self._mover.move(self._pair)
-            ended_s = time.monotonic()
         stolen_after, ticks_after = stolen_and_all_ticks()
         qemu_cpu_seconds = sum(map(overhead_cpu_seconds, vms)) - cpu_seconds
         self._note(
@@ -257,7 +256,7 @@ class _Play:
         own = self._run.processes.values()
         own_cpu_seconds = sum(usage.cpu_seconds for usage in own)
         return Figures(
-            total_ms=(ended_s - self._started_s) * 1e3,
+            total_ms=(moved.ended_s - self._started_s) * 1e3,
             **self._stop_and_resume(moved),
             **_fault_figures(moved),
             wire_bytes=self._pair.ends.wire_bytes() - wire_bytes,

@@ -9,6 +9,8 @@ timed touches as much memory as it will allocate, right before.
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
 
 from qpostcopy.core import PAGE_BYTES
 
@@ -22,3 +24,16 @@ def touch_and_free(size_bytes: int) -> None:
         # Huge pages would be handed out again as huge pages; a migration takes small ones.
         region.madvise(mmap.MADV_NOHUGEPAGE)
         view[::PAGE_BYTES] = b"\1" * pages
+
+
+def touch_and_free_elsewhere(size_bytes: int) -> None:
+    """The same in a process of its own, so that no thread of ours has to wait for it.
+
+    For who stamps what comes in meanwhile: touching holds Python's lock for long.
+    """
+    command = [sys.executable, "-m", "qpostcopy.lab.warm", str(size_bytes)]
+    subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
+
+
+if __name__ == "__main__":
+    touch_and_free(int(sys.argv[1]))
