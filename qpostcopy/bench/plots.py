@@ -88,7 +88,7 @@ def write_plots(book: Book, directory: Path) -> dict[Place, tuple[Plot, ...]]:
 def _write(
     place: Place, judged: Sequence[Judged], portraits: Iterable[Portrait], directory: Path
 ) -> Iterable[Plot]:
-    rows = [row for row in judged if row.good and not row.cell.label]
+    rows = [row for row in judged if not row.cell.label]
     watched = [portrait for portrait in portraits if place_of(portrait.cell) == place]
     drawn: dict[str, tuple[str, Picture | None]] = {
         "speed": ("Guest speed over time", draw_speed(place, rows)),
