@@ -206,8 +206,8 @@ def _draw_shares(axes: Axes, row: Judged) -> None:
     shares = fault_shares(row.good)
     if shares:
         axes.step(
-            [share.upper_us for share in shares],
-            [share.share for share in shares],
+            [shares[0].upper_us, *(share.upper_us for share in shares)],
+            [0.0, *(share.share for share in shares)],
             where="post",
             **_line(row.cell.engine),
         )
