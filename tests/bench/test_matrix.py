@@ -69,7 +69,8 @@ def test_a_bad_end_is_a_result_and_a_moved_baseline_is_none() -> None:
     cell = MATRIX.cells[0]
     bad = [run_of(cell, outcome=Outcome.GUEST_DIED)] * 2
     assert cell not in missing(MATRIX, book_of(*bad), SUBJECT)
-    runs = [run_of(cell), run_of(cell, speed=130.0), run_of(MATRIX.cells[1])]
+    usual = run_of(cell.model_copy(update={"link": Link.GIGABIT}))
+    runs = [run_of(cell), run_of(cell, speed=130.0), usual]
     assert missing(MATRIX, book_of(*runs), SUBJECT)[cell] == 1
 
 
