@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,16 +35,17 @@ def cell_of(engine: Engine, link: Link = Link.LOOPBACK, workload: str = "kv") ->
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> object:
+def nothing_is_left() -> Iterator[None]:
     before = _present()
     yield
     assert _present() == before
 
 
 def _present() -> set[str]:
-    netns = Path("/run/netns")
-    names = {path.name for path in netns.iterdir()} if netns.is_dir() else set()
-    return names | {p.name for p in Path("/dev/shm").glob("qpostcopy-bench-*")}
+    """Ours alone: others may be at work on this machine."""
+    netns, tmpfs = Path("/run/netns"), Path("/dev/shm")
+    spaces = netns.glob(f"qpcbench-{os.getpid()}-*") if netns.is_dir() else ()
+    return {path.name for path in (*spaces, *tmpfs.glob("qpostcopy-bench-*"))}
 
 
 def expect_good(run: Run) -> None:
