@@ -63,7 +63,7 @@ _QUICK = _Scope(256, ("service",), (Link.LOOPBACK,))
     "engines",
     multiple=True,
     type=click.Choice([engine.value for engine in Engine]),
-    help="[default: all but qemu-hybrid]",
+    help="[default: all but qemu-hybrid and qemu-precopy-multifd]",
 )
 @click.option(
     "--qemu",

@@ -28,6 +28,8 @@ class Engine(StrEnum):
 
     QPOSTCOPY = "qpostcopy"
     PRECOPY = "qemu-precopy"
+    #: With several connections, and threads on both sides, for pages.
+    MULTIFD = "qemu-precopy-multifd"
     POSTCOPY = "qemu-postcopy"
     PREEMPT = "qemu-postcopy-preempt"
     #: Post-copy after one pass of pre-copy, as many management tools do it.
@@ -67,6 +69,12 @@ class Cell(Model):
     link: Link
     memory_mib: int
     label: str = ""
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        where = f"QEMU {self.qemu}, {self.workload}, {self.link}, {self.memory_mib} MiB"
+        return f"{self.engine}: {where}" + (f", {self.label}" if self.label else "")
 
 
 class Machine(Model):

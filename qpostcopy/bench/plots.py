@@ -54,6 +54,7 @@ LOOKS = {
     Engine.PRECOPY: Look("#009E73", (0, (1, 1.2))),
     Engine.POSTCOPY: Look("#0072B2", (0, (6, 1.5))),
     Engine.PREEMPT: Look("#CC79A7", (0, (4, 1, 1, 1))),
+    Engine.MULTIFD: Look("#56B4E9", (0, (5, 1, 1, 1))),
     Engine.HYBRID: Look("#8A7500", (0, (3, 1, 1, 1, 1, 1))),
 }
 

@@ -33,6 +33,7 @@ class QemuEngine:
     :ivar postcopy: switch to post-copy.
     :ivar passes: of pre-copy before that.
     :ivar preempt: with a channel of its own for pages that are waited for.
+    :ivar multifd: pages go through several connections (not with post-copy in these versions).
     :ivar give_up_seconds: pre-copy that has not converged by then is cancelled.
     :ivar shared_ram: with which kind of RAM it is faster was measured (docs/benchmarks.md).
     """
@@ -40,6 +41,7 @@ class QemuEngine:
     postcopy: bool
     preempt: bool = False
     passes: int = 0
+    multifd: bool = False
     give_up_seconds: float = 30.0
     shared_ram: bool = False
 
@@ -76,6 +78,7 @@ class QemuEngine:
     def _capabilities(self, *, blocktime: bool) -> dict[str, bool]:
         return {
             "events": True,
+            "multifd": self.multifd,
             "postcopy-ram": self.postcopy,
             "postcopy-preempt": self.preempt,
             "postcopy-blocktime": self.postcopy and blocktime,

@@ -40,6 +40,7 @@ from qpostcopy.lab.warm import touch_and_free_elsewhere
 ENGINES: dict[Engine, Mover] = {
     Engine.QPOSTCOPY: OwnEngine(),
     Engine.PRECOPY: QemuEngine(postcopy=False),
+    Engine.MULTIFD: QemuEngine(postcopy=False, multifd=True, shared_ram=True),
     Engine.POSTCOPY: QemuEngine(postcopy=True),
     Engine.PREEMPT: QemuEngine(postcopy=True, preempt=True),
     Engine.HYBRID: QemuEngine(postcopy=True, preempt=True, passes=1),

@@ -108,7 +108,7 @@ def same(book: Book, cell_a: Cell, cell_b: Cell) -> Checked:
     one, other = (_judged(book, cell) for cell in (cell_a, cell_b))
     problems = (*_too_few(cell_a, one), *_too_few(cell_b, other))
     rows = tuple(_figure_rows("", one, other)) if one and other and not problems else ()
-    return Checked(f"the same twice: {name_of(cell_a)} and {name_of(cell_b)}", rows, problems)
+    return Checked(f"the same twice: {cell_a.title} and {cell_b.title}", rows, problems)
 
 
 def slowed(book: Book, plain: Cell, slow: Cell, delay_us: int) -> Checked:
@@ -126,7 +126,7 @@ def slowed(book: Book, plain: Cell, slow: Cell, delay_us: int) -> Checked:
     if one and other and not problems:
         figures = [figure for figure in FIGURES if figure.name in ("fault_p50_us", "fault_mean_us")]
         rows = tuple(_slowed_row(figure, one, other, delay_us) for figure in figures)
-    return Checked(f"slower by {delay_us} us: {name_of(slow)} and {name_of(plain)}", rows, problems)
+    return Checked(f"slower by {delay_us} us: {slow.title} and {plain.title}", rows, problems)
 
 
 def agree(book_one: Book, book_two: Book) -> Checked:
@@ -138,21 +138,15 @@ def agree(book_one: Book, book_two: Book) -> Checked:
     if one != other:
         return Checked(title, (), ("they measured different things (code, guest, QEMU, machine)",))
     firsts, seconds = judge(book_one, one), judge(book_two, other)
-    problems = [f"{name_of(cell)}: in one run only" for cell in firsts.keys() ^ seconds.keys()]
+    problems = [f"{cell.title}: in one run only" for cell in firsts.keys() ^ seconds.keys()]
     rows: list[Row] = []
     for cell in (cell for cell in firsts if cell in seconds):
         first, second = firsts[cell], seconds[cell]
         rows.append(_outcome_row(first, second))
         if first.good and second.good:
             problems += [*_too_few(cell, first), *_too_few(cell, second)]
-            rows += _figure_rows(name_of(cell), first, second)
+            rows += _figure_rows(cell.title, first, second)
     return Checked(title, tuple(rows), tuple(sorted(problems)))
-
-
-def name_of(cell: Cell) -> str:
-    """A cell in words."""
-    words = (cell.engine, cell.qemu, cell.workload, cell.link, f"{cell.memory_mib} MiB", cell.label)
-    return " ".join(filter(None, words))
 
 
 def selfcheck_table(checked: Checked) -> Table:
@@ -181,7 +175,7 @@ def _too_few(cell: Cell, judged: Judged | None) -> list[str]:
     good = len(judged.good) if judged else 0
     if good >= FEWEST_RUNS:
         return []
-    return [f"{name_of(cell)}: {good} good runs, at least {FEWEST_RUNS} are needed"]
+    return [f"{cell.title}: {good} good runs, at least {FEWEST_RUNS} are needed"]
 
 
 def _most_by_chance(expected: float) -> int:
@@ -199,7 +193,7 @@ def _outcome_row(one: Judged, other: Judged) -> Row:
     """Both runs have seen one outcome at least in common."""
     shared = bool(one.outcomes.keys() & other.outcomes.keys())
     left, right = _outcomes_text(one), _outcomes_text(other)
-    return Row(name_of(one.cell), "outcome", left, right, "", shared, far=not shared)
+    return Row(one.cell.title, "outcome", left, right, "", shared, far=not shared)
 
 
 def _figure_rows(cell: str, one: Judged, other: Judged) -> Iterator[Row]:

@@ -125,7 +125,7 @@ class BenchSession:
             run = play(cell, self._conditions_of(cell), number)
         except (GuestError, VmError) as error:
             # No engine's doing: there was no guest to move yet.
-            return f"{name_of(cell)}: did not start ({error})"
+            return f"{cell.title}: did not start ({error})"
         self._file.add(run=run)
         return _line(run)
 
@@ -144,7 +144,7 @@ class BenchSession:
         ]
 
     def _paint(self, cell: Cell) -> None:
-        self._tell(f"portrait: {name_of(cell)}")
+        self._tell(f"portrait: {cell.title}")
         painter = Painter()
         run = play(cell, self._conditions_of(cell), 0, painter)
         if run.outcome is Outcome.GOOD:
@@ -159,19 +159,12 @@ class BenchSession:
             self._file.add(portrait=portrait)
 
 
-def name_of(cell: Cell) -> str:
-    """For people."""
-    label = f" ({cell.label})" if cell.label else ""
-    where = f"QEMU {cell.qemu}, {cell.workload}, {cell.link}, {cell.memory_mib} MiB"
-    return f"{cell.engine}{label}: {where}"
-
-
 def _line(run: Run) -> str:
     if run.outcome is not Outcome.GOOD:
-        return f"{name_of(run.cell)}: {run.outcome} ({run.reason})"
+        return f"{run.cell.title}: {run.outcome} ({run.reason})"
     told = []
     for figure in _TOLD:
         value = figure.of(run)
         if value is not None:
             told.append(f"{figure.title} {figure.text(value)}")
-    return f"{name_of(run.cell)}: {', '.join(told)}"
+    return f"{run.cell.title}: {', '.join(told)}"
