@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,7 +20,8 @@ from qpostcopy.errors import UsageError
 
 FILE = "bench.json"
 _PACKAGE = Path(__file__).resolve().parents[1]
-_SOURCES = ("*.py", "*.c", "*.h")
+_SOURCES = ("*.py", "*.c", "*.h", "configs/**/*.yaml")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 class BookError(UsageError):
@@ -117,4 +119,11 @@ def _machine() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         kernel=platform.release(),
+        huge_pages="; ".join(_huge_pages()),
     )
+
+
+def _huge_pages() -> Iterator[str]:
+    for name in ("enabled", "defrag", "shmem_enabled"):
+        with suppress(OSError):
+            yield f"{name} {(_HUGE_PAGES / name).read_text().strip()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -140,7 +141,11 @@ def cli(
     )
     file = BookFile(output or (_fresh_directory("quick") if quick else CACHE))
     session = BenchSession(file, matrix, find_image(), found, _tell)
-    session.run(None if no_limits else limits_of_link, portraits=not no_portraits)
+    try:
+        session.run(None if no_limits else limits_of_link, portraits=not no_portraits)
+    except KeyboardInterrupt:
+        _tell(f"interrupted; with --output {file.directory} the same command goes on from here")
+        raise
     _show(file.book, file.directory)
 
 
@@ -210,7 +215,6 @@ def _judge(checks: Iterable[Checked]) -> int:
     holds = True
     for checked in checks:
         console.print(selfcheck_table(checked))
-        console.print(checked.verdict, markup=False)
         holds = holds and checked.holds
     return ExitCode.COMPLETED if holds else ExitCode.UNEXPECTED
 
@@ -254,7 +258,6 @@ def run(arguments: list[str] | None = None) -> int:
         error.show()
         return ExitCode.USAGE
     except (click.Abort, KeyboardInterrupt):
-        _tell("interrupted; the same command goes on from here")
         return ExitCode.SIGINT
     except QpostcopyError as error:
         if os.environ.get(LOG_LEVEL_VARIABLE) == "debug":
@@ -267,4 +270,6 @@ def run(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """Entry of `python -m qpostcopy.bench`."""
+    # What is under way is cleared away in either case.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run())

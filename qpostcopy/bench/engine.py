@@ -21,6 +21,10 @@ class NotMovedError(QpostcopyError):
     """The migration failed."""
 
 
+class UnsupportedError(QpostcopyError):
+    """This QEMU has not got what the engine needs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A running guest, the QEMU that waits for it, and the link between them.
@@ -42,12 +46,14 @@ class Faults:
 
     :ivar histogram: (upper end in us, faults) of each bucket, ascending; empty if the engine
         knows no more than the mean.
+    :ivar local: of `count`, those for which nothing had to be fetched.
     """
 
     count: int
     mean_us: float | None
     quantiles_us: Mapping[str, float] = field(default_factory=dict)
     histogram: tuple[tuple[float, int], ...] = ()
+    local: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,10 @@ class Mover(Protocol):
         ...
 
     def prepare(self, pair: Pair) -> None:
-        """What need not be timed: settings of the waiting QEMU that cost the guest nothing."""
+        """What need not be timed: settings of the waiting QEMU that cost the guest nothing.
+
+        :raise UnsupportedError: the engine is not in this QEMU.
+        """
         ...
 
     def move(self, pair: Pair) -> Moved:

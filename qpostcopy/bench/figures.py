@@ -46,6 +46,7 @@ FIGURES = (
     Figure("work_lost_ms", "work lost", "ms", resolution=20.0),
     Figure("late_ms", "late", "ms", resolution=5.0),
     Figure("faults", "faults", "", in_table=False),
+    Figure("faults_local", "answered locally", "", in_table=False),
     Figure("fault_mean_us", "fault mean", "us"),
     Figure("fault_p50_us", "fault p50", "us"),
     Figure("fault_p90_us", "fault p90", "us", in_table=False),

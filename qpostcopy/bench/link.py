@@ -31,6 +31,8 @@ _INTERFACE = "link0"
 _SHAPING = ("rate", "1gbit", "burst", "128kb", "limit", "1mb")
 _COMMAND_SECONDS = 20.0
 
+_REMEDY = "the kernel must have network namespaces, veth and tbf (CONFIG_NET_SCH_TBF), and we root"
+
 _numbers = itertools.count()
 
 
@@ -133,15 +135,18 @@ def _sweep() -> None:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_COMMAND_SECONDS,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LinkError(f"{' '.join(command)}: {error}", remedy=_REMEDY) from error
     if done.returncode:
         said = done.stderr.strip() or f"exit code {done.returncode}"
-        raise LinkError(f"{' '.join(command)}: {said}")
+        raise LinkError(f"{' '.join(command)}: {said}", remedy=_REMEDY)
     return done.stdout

@@ -78,12 +78,16 @@ class Cell(Model):
 
 
 class Machine(Model):
-    """Where it was measured."""
+    """Where it was measured.
+
+    :ivar huge_pages: the kernel's settings of transparent huge pages, as it writes them.
+    """
 
     cpu: str
     cores: int
     memory_bytes: int
     kernel: str
+    huge_pages: str = ""
 
 
 class Subject(Model):
@@ -136,6 +140,7 @@ class Figures(Model):
     work_lost_ms: float | None = None
     late_ms: float | None = None
     faults: float | None = None
+    faults_local: float | None = None
     fault_mean_us: float | None = None
     fault_p50_us: float | None = None
     fault_p90_us: float | None = None
@@ -158,6 +163,8 @@ class Run(Model):
 
     :ivar at: UTC, ISO 8601.
     :ivar rate: requests a second that the workload was given; 0: as fast as it can.
+    :ivar recovered: the guest's speed was back before we stopped looking; else `work_lost_ms`
+        is what it had lost by then.
     :ivar work_lost_resolution_ms: by how much the baseline's own unrest can move `work_lost_ms`.
     :ivar histogram: (upper end in us, faults) of each bucket, where faults are measured singly.
     :ivar processes: of our own by role.
@@ -174,6 +181,7 @@ class Run(Model):
     rate: int = 0
     baseline: Baseline | None = None
     figures: Figures = Figures()
+    recovered: bool = True
     work_lost_resolution_ms: float | None = None
     stopped_ms: float | None = None
     resumed_ms: float | None = None

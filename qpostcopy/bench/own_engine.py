@@ -27,17 +27,19 @@ class OwnEngine:
         """Nothing: all that `migrate` does is timed."""
 
     def move(self, pair: Pair) -> Moved:
-        run_directory = pair.directory / "run"
+        directory = run_directory(pair.directory)
         plan = pair.directory / "plan.yaml"
         plan.write_text(yaml.safe_dump(self._plan(pair), sort_keys=False))
-        usage = MigrationUsage(run_directory)
+        usage = MigrationUsage(directory)
         heard: list[Message] = []
 
         def take(message: Message) -> None:
             heard.append(message)
             usage.look()
 
-        migrated = run_migrate(plan, run_directory, take, pair.environment, usage.started)
+        migrated = run_migrate(plan, directory, take, pair.environment, usage.started)
+        if migrated.interrupted:
+            raise KeyboardInterrupt  # it meant the benchmark, too
         ended_s = time.monotonic()
         processes = usage.collect(migrated.rusage)
         result = _result_of(heard, migrated.status)
@@ -53,6 +55,11 @@ class OwnEngine:
             "lanes": {"listen": pair.ends.destination.address, "insecure": True},
             "precopy": {"mode": self.precopy},
         }
+
+
+def run_directory(directory: Path) -> Path:
+    """Below which the migration's state directory is made, in a pair's directory."""
+    return directory / "run"
 
 
 def _side(qmp: Path, netns: str) -> dict[str, object]:
@@ -72,11 +79,10 @@ def _result_of(heard: Sequence[Message], status: int) -> Result:
 
 def _placed_s(heard: Sequence[Message]) -> float:
     """Phase `complete` begins once every page is placed."""
-    return next(
-        float(message["ts"])
-        for message in heard
-        if message["type"] == "phase" and message["phase"] == "complete"
-    )
+    for message in heard:
+        if message["type"] == "phase" and message["phase"] == "complete":
+            return float(message["ts"])
+    raise NotMovedError("`qpostcopy migrate` completed and never told of phase `complete`")
 
 
 def _faults(result: Result) -> Faults:
@@ -84,7 +90,8 @@ def _faults(result: Result) -> Faults:
     quantiles = {"p50": faults.p50_us, "p90": faults.p90_us, "p99": faults.p99_us}
     if not faults.count:
         return Faults(0, None)
-    return Faults(faults.count, mean_us(faults.histogram), quantiles, faults.histogram)
+    mean = mean_us(faults.histogram)
+    return Faults(faults.count, mean, quantiles, faults.histogram, local=faults.local)
 
 
 def mean_us(histogram: Sequence[tuple[float, int]]) -> float | None:

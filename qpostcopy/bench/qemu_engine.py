@@ -13,7 +13,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from qpostcopy.bench.engine import Faults, GaveUpError, Moved, NotMovedError, Pair
+from qpostcopy.bench.engine import (
+    Faults,
+    GaveUpError,
+    Moved,
+    NotMovedError,
+    Pair,
+    UnsupportedError,
+)
 from qpostcopy.errors import QpostcopyError
 from qpostcopy.lab.observer import Observer, ObserverTimeoutError
 
@@ -46,7 +53,9 @@ class QemuEngine:
     shared_ram: bool = False
 
     def prepare(self, pair: Pair) -> None:
-        _set_capabilities(pair.destination.observer, self._capabilities(blocktime=True))
+        wanted = self._capabilities(blocktime=True)
+        _expect_known(pair.destination.observer, wanted)
+        _set_capabilities(pair.destination.observer, wanted)
         address = f"tcp:{pair.ends.destination.address}:{_PORT}"
         pair.destination.observer.execute("migrate-incoming", {"uri": address})
 
@@ -94,9 +103,20 @@ class QemuEngine:
         try:
             return _await_status(source, _ENDED, limit_seconds)
         except ObserverTimeoutError as error:
+            if self.postcopy:
+                raise NotMovedError(f"not completed within {limit_seconds:g} s") from error
             source.execute("migrate_cancel")
-            _await_event_status(source, _ENDED, _CANCEL_SECONDS)
+            status, at_s = _await_event_status(source, _ENDED, _CANCEL_SECONDS)
+            if status == "completed":
+                return at_s  # it was quicker than we
             raise GaveUpError(f"not converged within {limit_seconds:g} s") from error
+
+
+def _expect_known(observer: Observer, wanted: dict[str, bool]) -> None:
+    known = {each["capability"] for each in observer.execute("query-migrate-capabilities")}
+    lacking = sorted(name for name, on in wanted.items() if on and name not in known)
+    if lacking:
+        raise UnsupportedError(f"this QEMU has no {', '.join(lacking)}")
 
 
 def _set_capabilities(observer: Observer, wanted: dict[str, bool]) -> None:

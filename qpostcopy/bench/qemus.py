@@ -51,13 +51,7 @@ def find_qemus(words: Iterable[str]) -> dict[str, Qemu]:
 
 def _find(word: str) -> Qemu:
     executable = _fetch(_SUITES[word]) if word in _SUITES else _installed(word)
-    said = subprocess.run(
-        [executable, "--version"],
-        capture_output=True,
-        text=True,
-        timeout=_VERSION_SECONDS,
-        check=False,
-    ).stdout
+    said = _version_of(executable, word)
     match = re.search(r"version ((\d+\.\d+)\S*(?: \(.*\))?)", said)
     if match is None:
         raise NoQemuError(
@@ -69,6 +63,22 @@ def _find(word: str) -> Qemu:
             remedy=f"say --qemu {match[2]}, one of {', '.join(_SUITES)}, or the path of another",
         )
     return Qemu(match[2], executable, match[1])
+
+
+def _version_of(executable: str, word: str) -> str:
+    try:
+        return subprocess.run(
+            [executable, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_VERSION_SECONDS,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoQemuError(
+            f"--qemu {word}: {executable} --version: {error}", remedy="give a QEMU's path"
+        ) from error
 
 
 def _installed(word: str) -> str:

@@ -2,39 +2,30 @@
 
     boot -> destination waits -> baseline (quiet) -> memory warmed -> move -> settle -> verify
 
-Every engine gets the same: the same guest, namespaces of its own, memory that was
-just touched and freed. Guest RAM is what suits the engine best: a shared file for
-ours, which needs one, QEMU's default for QEMU's own where that is faster. Downtime,
-lost work, CPU time and bytes are taken from outside, by the same means for all.
+What an engine did is taken from outside, by the same means for all: downtime, lost
+work, CPU time, bytes.
 """
 
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from qpostcopy.bench.engine import GaveUpError, Moved, Mover, NotMovedError, Pair
-from qpostcopy.bench.link import Ends, open_link
+from qpostcopy.bench.engine import GaveUpError, Moved, Mover
 from qpostcopy.bench.model import Baseline, Cell, Engine, Figures, Outcome, Run
 from qpostcopy.bench.own_engine import OwnEngine
 from qpostcopy.bench.portrait import Painter
 from qpostcopy.bench.qemu_engine import QemuEngine, event_s
-from qpostcopy.bench.usage import (
-    overhead_cpu_seconds,
-    stolen_and_all_ticks,
-    vcpu_cpu_seconds,
-)
+from qpostcopy.bench.stage import Conditions, Stage, stage
+from qpostcopy.bench.usage import overhead_cpu_seconds, stolen_and_all_ticks, vcpu_cpu_seconds
 from qpostcopy.errors import QpostcopyError
-from qpostcopy.lab.guest import Guest, GuestError, Ready
+from qpostcopy.lab.guest import GuestError
 from qpostcopy.lab.measure import Measurement
-from qpostcopy.lab.vm import Backend, Boot, Vm, VmSpec
 from qpostcopy.lab.warm import touch_and_free_elsewhere
 
 ENGINES: dict[Engine, Mover] = {
@@ -48,116 +39,12 @@ ENGINES: dict[Engine, Mover] = {
 
 BASELINE_SECONDS = 2.0
 _BASELINE_WINDOWS = 10
-_BOOT_SECONDS = 120.0
 _REPORT_SECONDS = 10.0
 _SETTLE_SECONDS = 1.0
 #: A guest whose speed is not back by then has lost what it has lost.
 _SETTLE_AT_MOST_SECONDS = 6.0
 #: QEMU's own events come at once, or came already.
 _EVENT_SECONDS = 5.0
-#: The one workload whose rate is calibrated, and the same for all engines.
-SERVICE = "service"
-_TMPFS = "/dev/shm"
-
-
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """What all runs of a session share.
-
-    :ivar qemus: executable by short name.
-    :ivar rates: of `service`, by `rate_key`; empty while they are calibrated.
-    :ivar environment: is added to that of our own processes.
-    """
-
-    session: str
-    kernel: Path
-    initrd: Path
-    qemus: Mapping[str, str]
-    rates: Mapping[str, int] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def rate_words(self, cell: Cell) -> tuple[str, ...]:
-        rate = self.rates.get(rate_key(cell))
-        return (f"rate={rate}",) if cell.workload == SERVICE and rate else ()
-
-
-def rate_key(cell: Cell) -> str:
-    """What the rate that a guest holds depends on."""
-    return f"{cell.qemu}/{cell.memory_mib}"
-
-
-@dataclass
-class Stage:
-    """Two VMs and a guest that reports."""
-
-    cell: Cell
-    conditions: Conditions
-    pair: Pair
-    guest: Guest
-    ready: Ready
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.cell.memory_mib << 20
-
-
-@contextmanager
-def stage(cell: Cell, conditions: Conditions, *, shared: bool) -> Iterator[Stage]:
-    """A guest at work in the source, and a destination that waits; all gone afterwards.
-
-    :param shared: guest RAM is a file on tmpfs; else QEMU's default, anonymous memory.
-    """
-    with ExitStack() as held:
-        directory = Path(tempfile.mkdtemp(prefix="qpostcopy-bench-", dir=_TMPFS))
-        held.callback(shutil.rmtree, directory, ignore_errors=True)
-        ends = held.enter_context(open_link(cell.link))
-        touch_and_free_elsewhere(2 * cell.memory_mib << 20)
-        backend = _backend(cell, shared=shared)
-        source = _vm("source", cell, conditions, backend, ends, directory)
-        destination = _vm("destination", cell, conditions, backend, ends, directory)
-        for vm in (source, destination):
-            held.callback(vm.kill)
-        source.start()
-        # Closed before the VMs: it listens to their sockets.
-        guest = held.enter_context(Guest(source.serial))
-        ready = guest.wait_ready(_BOOT_SECONDS)
-        destination.start()
-        guest.add(destination.serial)
-        pair = Pair(source, destination, ends, directory, conditions.environment)
-        yield Stage(cell, conditions, pair, guest, ready)
-
-
-def _backend(cell: Cell, *, shared: bool) -> Backend:
-    size_bytes = cell.memory_mib << 20
-    if shared:
-        return Backend("ram", size_bytes)
-    return Backend("ram", size_bytes, mem_path=None, share=False, kind="memory-backend-ram")
-
-
-def _vm(
-    name: str,
-    cell: Cell,
-    conditions: Conditions,
-    backend: Backend,
-    ends: Ends,
-    directory: Path,
-) -> Vm:
-    incoming = name == "destination"
-    words = (f"workload={cell.workload}", *conditions.rate_words(cell))
-    spec = VmSpec(
-        backends=(backend,),
-        incoming=incoming,
-        boot=Boot(conditions.kernel, conditions.initrd, words),
-        qemu=conditions.qemus[cell.qemu],
-        netns=(ends.destination if incoming else ends.source).netns,
-    )
-    return Vm(name, spec, directory)
-
-
-def calibrate(cell: Cell, conditions: Conditions) -> int:
-    """The rate that this guest holds, in requests a second; 0: the workload has none."""
-    with stage(cell, conditions, shared=True) as staged:
-        return staged.ready.rate
 
 
 def play(cell: Cell, conditions: Conditions, number: int, painter: Painter | None = None) -> Run:
@@ -165,7 +52,8 @@ def play(cell: Cell, conditions: Conditions, number: int, painter: Painter | Non
 
     :param number: of the round.
     :param painter: watches the destination's RAM meanwhile, which costs time.
-    :raise QpostcopyError: there was no guest to move.
+    :raise GuestError: there was no guest to move; VmError, ObserverError: no QEMU.
+    :raise UnsupportedError: this QEMU has not got this engine.
     """
     # Only a file can be watched.
     shared = painter is not None or ENGINES[cell.engine].shared_ram
@@ -195,11 +83,12 @@ class _Play:
         self._wall_offset_s = time.time() - time.monotonic()
 
     def run(self) -> Run:
+        # Until here no engine has done anything that it could be blamed for.
+        self._mover.prepare(self._pair)
+        baseline = self._baseline()
+        self._note(baseline=baseline)
+        touch_and_free_elsewhere(self._stage.memory_bytes)
         try:
-            self._mover.prepare(self._pair)
-            baseline = self._baseline()
-            self._note(baseline=baseline)
-            touch_and_free_elsewhere(self._stage.memory_bytes)
             self._note(figures=self._move())
             self._settle(baseline)
             self._note_cost(baseline)
@@ -208,7 +97,7 @@ class _Play:
             self._note(outcome=Outcome.GAVE_UP, reason=str(error))
         except GuestError as error:
             self._note(outcome=Outcome.GUEST_DIED, reason=str(error))
-        except (NotMovedError, QpostcopyError) as error:
+        except QpostcopyError as error:
             self._note_failure(error)
         return self._run
 
@@ -317,11 +206,13 @@ class _Play:
         measurement = Measurement(reports)
         speed, last_s = baseline.operations_per_second, reports[-1].host_s
         lost_ms = measurement.work_lost_ms(self._started_s, self._resumed_s, speed)
-        took_ms = (self._recovered_s(baseline) - self._started_s) * 1e3
+        recovered_s = self._recovered_s(baseline)
+        took_ms = (recovered_s - self._started_s) * 1e3
         late_ms = measurement.late_ms(self._started_s, last_s) if self._run.rate else None
         figures = self._run.figures.model_copy(update={"work_lost_ms": lost_ms, "late_ms": late_ms})
         self._note(
             figures=figures,
+            recovered=recovered_s < last_s,
             # Two standard errors of the baseline's mean, over the time that is summed up.
             work_lost_resolution_ms=2 * baseline.deviation / _BASELINE_WINDOWS**0.5 * took_ms,
             speed=tuple(
@@ -347,14 +238,20 @@ class _Play:
         if panicked:
             self._note(outcome=Outcome.GUEST_DIED, reason=panicked[0])
             return
-        with suppress(OSError):
-            shutil.copytree(self._pair.directory, _kept(), dirs_exist_ok=True, ignore=_no_sockets)
-        self._note(outcome=Outcome.FAILED, reason=str(error))
+        kept = self._keep()
+        where = f" (logs and state: {kept})" if kept else ""
+        self._note(outcome=Outcome.FAILED, reason=f"{error}{where}")
 
-
-def _kept() -> Path:
-    """Where logs and state of the last failed run are left."""
-    return Path(tempfile.gettempdir()) / "qpostcopy-bench-failed"
+    def _keep(self) -> Path | None:
+        """Logs and state of this run, where they outlive it."""
+        failures = self._stage.conditions.failures
+        if failures is None:
+            return None
+        kept = failures / f"{self._run.at}-{self._run.cell.engine}".replace(":", "")
+        with suppress(OSError, shutil.Error):
+            shutil.copytree(self._pair.directory, kept, ignore=_no_sockets)
+            return kept
+        return None
 
 
 def _no_sockets(directory: str, names: list[str]) -> list[str]:
@@ -366,4 +263,9 @@ def _fault_figures(moved: Moved) -> dict[str, float | None]:
     if faults is None:
         return {}
     quantiles = {f"fault_{name}_us": value for name, value in faults.quantiles_us.items()}
-    return {"faults": float(faults.count), "fault_mean_us": faults.mean_us, **quantiles}
+    return {
+        "faults": float(faults.count),
+        "faults_local": None if faults.local is None else float(faults.local),
+        "fault_mean_us": faults.mean_us,
+        **quantiles,
+    }

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qpostcopy.bench.book import BookFile, find_subject
+from qpostcopy.bench.engine import UnsupportedError
 from qpostcopy.bench.figures import FIGURES
 from qpostcopy.bench.judge import sessions_of
 from qpostcopy.bench.limits import Limits
@@ -17,13 +18,18 @@ from qpostcopy.bench.matrix import Matrix, missing, next_round
 from qpostcopy.bench.model import Cell, Link, Outcome, Portrait, Run, Session
 from qpostcopy.bench.portrait import PARTS, Painter
 from qpostcopy.bench.qemus import Qemu
-from qpostcopy.bench.run import SERVICE, Conditions, calibrate, play, rate_key
+from qpostcopy.bench.run import play
+from qpostcopy.bench.stage import SERVICE, Conditions, calibrate, rate_key
 from qpostcopy.bench.usage import become_reaper
 from qpostcopy.lab.guest import GuestError
+from qpostcopy.lab.observer import ObserverError, ObserverTimeoutError
 from qpostcopy.lab.vm import VmError
 from qpostcopy.progress import human_seconds
 
 Tell = Callable[[str], None]
+
+#: There was no guest to move.
+_NOT_STARTED = (GuestError, VmError, ObserverError, ObserverTimeoutError)
 
 #: The figures in the line that is told of each run.
 _TOLD = tuple(figure for figure in FIGURES if figure.name in ("total_ms", "downtime_ms"))
@@ -56,6 +62,7 @@ class BenchSession:
             kernel=image[0],
             initrd=image[1],
             qemus={name: qemu.executable for name, qemu in qemus.items()},
+            failures=file.directory / "failures",
         )
         self._attempts: Counter[Cell] = Counter()
         self._given_up: set[Cell] = set()
@@ -65,15 +72,16 @@ class BenchSession:
 
         :param measure_limits: None: not now.
         """
-        unpainted = self._unpainted() if portraits else []
-        if not self._lacking() and not unpainted:
-            return
         become_reaper()
+        # Even if nothing is missing: what is shown is what the newest session asked for.
         self._file.add(session=self._session)
+        unpainted = self._unpainted() if portraits else []
         if measure_limits and self._lacking():
             self._measure_limits(measure_limits)
         self._calibrate()
         self._play_all()
+        for cell in self._lacking_all():
+            self._tell(f"{cell.title}: not enough runs, after {self._attempts[cell]} attempts")
         for cell in unpainted:
             self._paint(cell)
 
@@ -101,8 +109,12 @@ class BenchSession:
 
     # --- runs --------------------------------------------------------------------------------
 
+    def _lacking_all(self) -> dict[Cell, int]:
+        return missing(self._matrix, self._file.book, self.subject)
+
     def _lacking(self) -> dict[Cell, int]:
-        lacking = missing(self._matrix, self._file.book, self.subject)
+        """Without those that were tried often enough."""
+        lacking = self._lacking_all()
         return {cell: count for cell, count in lacking.items() if cell not in self._given_up}
 
     def _play_all(self) -> None:
@@ -123,7 +135,10 @@ class BenchSession:
             self._given_up.add(cell)
         try:
             run = play(cell, self._conditions_of(cell), number)
-        except (GuestError, VmError) as error:
+        except UnsupportedError as error:
+            self._given_up.add(cell)
+            return f"{cell.title}: left out ({error})"
+        except _NOT_STARTED as error:
             # No engine's doing: there was no guest to move yet.
             return f"{cell.title}: did not start ({error})"
         self._file.add(run=run)
@@ -146,17 +161,22 @@ class BenchSession:
     def _paint(self, cell: Cell) -> None:
         self._tell(f"portrait: {cell.title}")
         painter = Painter()
-        run = play(cell, self._conditions_of(cell), 0, painter)
-        if run.outcome is Outcome.GOOD:
-            portrait = Portrait(
-                session=self._session.id,
-                cell=cell,
-                parts=PARTS,
-                stopped_ms=run.stopped_ms,
-                resumed_ms=run.resumed_ms,
-                arrivals=tuple(painter.arrivals),
-            )
-            self._file.add(portrait=portrait)
+        try:
+            run = play(cell, self._conditions_of(cell), 0, painter)
+        except (UnsupportedError, *_NOT_STARTED) as error:
+            self._tell(f"portrait: {cell.title}: did not start ({error})")
+            return
+        good = run.outcome is Outcome.GOOD
+        portrait = Portrait(
+            session=self._session.id,
+            cell=cell,
+            parts=PARTS,
+            stopped_ms=run.stopped_ms,
+            resumed_ms=run.resumed_ms,
+            # Of one that did not come to its end there is no picture, and no second try.
+            arrivals=tuple(painter.arrivals) if good else (),
+        )
+        self._file.add(portrait=portrait)
 
 
 def _line(run: Run) -> str:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qpostcopy.bench.model import Usage
-from qpostcopy.lab.vm import Vm
+from qpostcopy.lab.vm import Vm, VmError
+from qpostcopy.process import Process
 from qpostcopy.state import StateDirectory
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -48,13 +49,19 @@ def thread_cpu_seconds(pid: int, tid: int) -> float:
 
 
 def vcpu_cpu_seconds(vm: Vm) -> float:
-    """Of all threads of a VM that run its guest."""
+    """Of all threads of a VM that run its guest.
+
+    :raise VmError: it has ended.
+    """
     vcpus = vm.observer.execute("query-cpus-fast")
-    return sum(thread_cpu_seconds(vm.pid, vcpu["thread-id"]) for vcpu in vcpus)
+    try:
+        return sum(thread_cpu_seconds(vm.pid, vcpu["thread-id"]) for vcpu in vcpus)
+    except OSError as error:
+        raise VmError(f"QEMU {vm.name} (pid {vm.pid}) has ended") from error
 
 
 def overhead_cpu_seconds(vm: Vm) -> float:
-    """Of all threads of a VM's QEMU that do not run its guest."""
+    """Of all threads of a VM's QEMU that do not run its guest; raises as `vcpu_cpu_seconds`."""
     return process_cpu_seconds(vm.pid) - vcpu_cpu_seconds(vm)
 
 
@@ -62,6 +69,19 @@ def stolen_and_all_ticks() -> tuple[int, int]:
     """CPU time that the machine's host kept for itself, and all of it, since boot."""
     ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return ticks[7], sum(ticks)
+
+
+def processes_of(run_directory: Path) -> dict[str, Process]:
+    """Those of the one migration below a run directory, by role; alive or not."""
+    for path in run_directory.glob("*/state.json"):
+        state = StateDirectory.open(path.parent).state
+        processes = {
+            "controller": state.controller,
+            "page-server": state.side("source").companion,
+            "handler": state.side("destination").companion,
+        }
+        return {role: process for role, process in processes.items() if process}
+    return {}
 
 
 @dataclass
@@ -106,22 +126,17 @@ class MigrationUsage:
         }
 
     def _find(self) -> dict[str, int]:
-        for path in self.run_directory.glob("*/state.json"):
-            state = StateDirectory.open(path.parent).state
-            processes = {
-                "controller": state.controller,
-                "page-server": state.side("source").companion,
-                "handler": state.side("destination").companion,
-            }
-            return {role: process.pid for role, process in processes.items() if process}
-        return {}
+        return {role: process.pid for role, process in processes_of(self.run_directory).items()}
 
 
 def _usage_of_living(pid: int) -> Usage:
     # Not of rusage: there, a process that was just forked counts its parent's memory.
     status = Path(f"/proc/{pid}/status").read_text()
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return Usage(cpu_seconds=process_cpu_seconds(pid), peak_rss_bytes=int(peak.split()[1]) << 10)
+    peaks = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    if not peaks:
+        raise ProcessLookupError(f"{pid} has just ended")
+    kib = int(peaks[0].split()[1])
+    return Usage(cpu_seconds=process_cpu_seconds(pid), peak_rss_bytes=kib << 10)
 
 
 def _cpu_seconds(rusage: resource.struct_rusage) -> float:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 Message = dict[str, Any]
 
@@ -20,10 +20,12 @@ class Migrated(NamedTuple):
     """What that command left.
 
     :ivar rusage: its own and that of the processes that it waited for.
+    :ivar interrupted: a signal that meant us was handed on to it.
     """
 
     status: int
     rusage: resource.struct_rusage
+    interrupted: bool = False
 
 
 def run_migrate(
@@ -44,7 +46,7 @@ def run_migrate(
     with (
         # A group of its own: it gets the signals that we hand on, once.
         subprocess.Popen(command, stdout=subprocess.PIPE, env=variables, process_group=0) as child,
-        _handed_on(child),
+        _handed_on(child) as signals,
     ):
         assert child.stdout
         started(child.pid)
@@ -52,7 +54,7 @@ def run_migrate(
             show(json.loads(line))
         _, status, rusage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
-    return Migrated(child.returncode, rusage)
+    return Migrated(child.returncode, rusage, signals.any)
 
 
 class _handed_on:
@@ -61,14 +63,17 @@ class _handed_on:
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
         self._before: dict[signal.Signals, Any] = {}
+        self.any = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._hand_on)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _hand_on(self, number: int, _frame: FrameType | None) -> None:
+        self.any = True
         self._child.send_signal(number)

@@ -13,6 +13,11 @@ import subprocess
 import sys
 
 from qpostcopy.core import PAGE_BYTES
+from qpostcopy.errors import QpostcopyError
+
+
+class NoMemoryError(QpostcopyError):
+    """There is not so much memory."""
 
 
 def touch_and_free(size_bytes: int) -> None:
@@ -30,9 +35,17 @@ def touch_and_free_elsewhere(size_bytes: int) -> None:
     """The same in a process of its own, so that no thread of ours has to wait for it.
 
     For who stamps what comes in meanwhile: touching holds Python's lock for long.
+
+    :raise NoMemoryError: there is not so much.
     """
     command = [sys.executable, "-m", "qpostcopy.lab.warm", str(size_bytes)]
-    subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise NoMemoryError(
+            f"cannot touch {size_bytes >> 20} MiB of memory: {said or f'status {done.returncode}'}",
+            remedy="use a smaller guest (--memory), or end what holds the memory",
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from qpostcopy.bench.engine import Moved, Pair
 from qpostcopy.bench.model import Cell, Engine, Link, Outcome, Run
 from qpostcopy.bench.portrait import PARTS, Painter
 from qpostcopy.bench.qemu_engine import QemuEngine
-from qpostcopy.bench.run import ENGINES, Conditions, calibrate, play, rate_key
+from qpostcopy.bench.run import ENGINES, play
+from qpostcopy.bench.stage import Conditions, calibrate, rate_key
 from qpostcopy.lab.guest import find_image
 from tests.vm.debian import qemu_of
 
@@ -42,10 +43,10 @@ def nothing_is_left() -> Iterator[None]:
 
 
 def _present() -> set[str]:
-    """Ours alone: others may be at work on this machine."""
+    """By names that carry our pid: others may be at work on this machine."""
     netns, tmpfs = Path("/run/netns"), Path("/dev/shm")
     spaces = netns.glob(f"qpcbench-{os.getpid()}-*") if netns.is_dir() else ()
-    return {path.name for path in (*spaces, *tmpfs.glob("qpostcopy-bench-*"))}
+    return {path.name for path in (*spaces, *tmpfs.glob(f"qpostcopy-bench-{os.getpid()}-*"))}
 
 
 def expect_good(run: Run) -> None:
