@@ -70,12 +70,19 @@ class Judged:
 
 
 def subject_of(book: Book) -> Subject | None:
-    """What the newest session measured."""
-    return book.sessions[-1].subject if book.sessions else None
+    """What the newest session measured, with the QEMUs of all that go with it."""
+    if not book.sessions:
+        return None
+    newest = book.sessions[-1].subject
+    qemus: dict[str, str] = {}
+    for session in sessions_of(book, newest):
+        qemus |= session.subject.qemus
+    return newest.model_copy(update={"qemus": qemus | newest.qemus})
 
 
 def sessions_of(book: Book, subject: Subject) -> tuple[Session, ...]:
-    return tuple(session for session in book.sessions if session.subject == subject)
+    """Those whose runs may be put together with this subject's."""
+    return tuple(session for session in book.sessions if session.subject.is_like(subject))
 
 
 def judge(book: Book, subject: Subject) -> dict[Cell, Judged]:

@@ -103,6 +103,12 @@ class Subject(Model):
     machine: Machine
     qemus: dict[str, str]
 
+    def is_like(self, other: Subject) -> bool:
+        """Whether runs of both may be put together: of the QEMUs, only what both have counts."""
+        same = (self.code, self.guest, self.machine) == (other.code, other.guest, other.machine)
+        shared = self.qemus.keys() & other.qemus.keys()
+        return same and all(self.qemus[name] == other.qemus[name] for name in shared)
+
 
 class Session(Model):
     """One invocation.

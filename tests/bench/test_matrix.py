@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qpostcopy.bench.judge import subject_of
 from qpostcopy.bench.matrix import Matrix, missing, next_round
 from qpostcopy.bench.model import (
     Baseline,
@@ -79,3 +80,25 @@ def test_runs_of_other_code_do_not_count() -> None:
     cell = MATRIX.cells[0]
     book = book_of(run_of(cell), run_of(cell), subject=other)
     assert missing(MATRIX, book, SUBJECT)[cell] == 2
+
+
+def test_another_qemu_is_no_other_subject_but_another_version_is() -> None:
+    cell = MATRIX.cells[0]
+    runs = (run_of(cell), run_of(cell))
+    more = SUBJECT.model_copy(update={"qemus": {"10.0": "10.0.1", "7.2": "7.2.9"}})
+    assert cell not in missing(MATRIX, book_of(*runs, subject=more), SUBJECT)
+    elsewhere = SUBJECT.model_copy(update={"qemus": {"7.2": "7.2.9"}})
+    assert cell not in missing(MATRIX, book_of(*runs), elsewhere)
+    newer = SUBJECT.model_copy(update={"qemus": {"10.0": "10.0.2"}})
+    assert missing(MATRIX, book_of(*runs), newer)[cell] == 2
+
+
+def test_the_subject_has_the_qemus_of_all_sessions_that_go_with_it() -> None:
+    older, newer = ({"7.2": "7.2.9"}, {"10.0": "10.0.1"})
+    sessions = [
+        Session(id=name, subject=SUBJECT.model_copy(update={"qemus": qemus}))
+        for name, qemus in (("other", {"10.0": "10.0.0"}), ("old", older), ("new", newer))
+    ]
+    subject = subject_of(Book(sessions=tuple(sessions)))
+    assert subject is not None
+    assert subject.qemus == older | newer
