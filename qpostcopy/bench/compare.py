@@ -6,6 +6,7 @@ Rows that differ in a label only (the harness checking itself) are no rivals of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
 from math import inf
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from qpostcopy.bench.judge import Judged
 from qpostcopy.bench.model import Cell, Engine, Link
 from qpostcopy.bench.statistics import Ratio, Summary, ratio_of
 
+#: Closer than this two medians are equal, however narrow their intervals are.
+EQUAL_SHARE = 0.02
 _ENGINES = tuple(Engine)
 
 
@@ -39,18 +42,30 @@ class Interval(NamedTuple):
         return self.high < other.low
 
 
-class Verdict(NamedTuple):
-    """qpostcopy against the best of QEMU's engines, in one figure.
+class Standing(StrEnum):
+    """Where qpostcopy stands among the engines of QEMU."""
 
-    :ivar better: None where the spread does not tell.
-    :ivar ratio: of the worse to the better; None where one of them is noise.
+    BETTER = "better"
+    WORSE = "worse"
+    EQUAL = "equal"
+    #: The spread does not tell.
+    OPEN = "open"
+    #: Runs of ours ended badly, so the others' figures are of its lucky runs only.
+    BAD_ENDS = "bad ends"
+
+
+class Verdict(NamedTuple):
+    """qpostcopy against QEMU's engines, in one figure.
+
+    :ivar other: the best of those that say so.
+    :ivar ratio: of the worse to the better; None where one of them is noise, or neither is better.
     """
 
     figure: Figure
     ours: Judged
     other: Judged
-    better: bool | None
-    ratio: Ratio | None
+    standing: Standing
+    ratio: Ratio | None = None
 
 
 def place_of(cell: Cell) -> Place:
@@ -81,13 +96,15 @@ def interval_of(judged: Judged, figure: Figure) -> Interval | None:
 def winner(rows: Sequence[Judged], figure: Figure) -> Judged | None:
     """The best of a column, if that is beyond doubt.
 
-    An engine that lost guests or gave up has figures of its lucky runs only: it wins nothing.
+    An engine that lost guests or gave up has figures of its lucky runs only: it wins nothing,
+    and takes the place of no engine that did not.
     """
     ranked = _ranked(rows, figure)
-    if len(ranked) < 2 or ranked[0].bad:
-        return None
-    best, *others = ranked
-    return best if all(_is_below(best, other, figure) for other in others) else None
+    for one in ranked:
+        others = _rivals([other for other in ranked if other is not one])
+        if not one.bad and others and all(_is_below(one, other, figure) for other in others):
+            return one
+    return None
 
 
 def verdicts(rows: Sequence[Judged], figures: Iterable[Figure]) -> tuple[Verdict, ...]:
@@ -98,16 +115,23 @@ def verdicts(rows: Sequence[Judged], figures: Iterable[Figure]) -> tuple[Verdict
         ours = [one for one in ranked if one.cell.engine is Engine.QPOSTCOPY]
         theirs = [one for one in ranked if one.cell.engine is not Engine.QPOSTCOPY]
         if ours and theirs:
-            found.append(_verdict(figure, ours[0], theirs[0]))
+            found.append(_verdict(figure, ours[0], _rivals(theirs)))
     return tuple(found)
 
 
-def _verdict(figure: Figure, ours: Judged, other: Judged) -> Verdict:
-    if _is_below(ours, other, figure):
-        return Verdict(figure, ours, other, True, _ratio(other, ours, figure))
-    if _is_below(other, ours, figure):
-        return Verdict(figure, ours, other, False, _ratio(ours, other, figure))
-    return Verdict(figure, ours, other, None, None)
+def _verdict(figure: Figure, ours: Judged, theirs: Sequence[Judged]) -> Verdict:
+    """Worse than any is worse; better is only what is better than all."""
+    for other in theirs:
+        if _is_below(other, ours, figure):
+            return Verdict(figure, ours, other, Standing.WORSE, _ratio(ours, other, figure))
+    if ours.bad:
+        return Verdict(figure, ours, theirs[0], Standing.BAD_ENDS)
+    for other in theirs:
+        if not _is_below(ours, other, figure):
+            # Not below either way though the intervals are apart: too near.
+            is_equal = _is_apart(ours, other, figure) or _is_apart(other, ours, figure)
+            return Verdict(figure, ours, other, Standing.EQUAL if is_equal else Standing.OPEN)
+    return Verdict(figure, ours, theirs[0], Standing.BETTER, _ratio(theirs[0], ours, figure))
 
 
 def _ratio(worse: Judged, better: Judged, figure: Figure) -> Ratio | None:
@@ -122,7 +146,19 @@ def _ranked(rows: Iterable[Judged], figure: Figure) -> list[Judged]:
     return sorted(known, key=lambda row: _summary(row, figure).median)
 
 
+def _rivals(ranked: Sequence[Judged]) -> Sequence[Judged]:
+    """Those of which every run counts, unless there is none."""
+    return [one for one in ranked if not one.bad] or ranked
+
+
 def _is_below(one: Judged, other: Judged, figure: Figure) -> bool:
+    """Beyond the spread, and by more than is called equal."""
+    low, high = _summary(one, figure).median, _summary(other, figure).median
+    return _is_apart(one, other, figure) and high - low >= EQUAL_SHARE * abs(low)
+
+
+def _is_apart(one: Judged, other: Judged, figure: Figure) -> bool:
+    """Wholly below, as far as the spread tells."""
     low, high = interval_of(one, figure), interval_of(other, figure)
     return low is not None and high is not None and low.is_below(high)
 

@@ -12,7 +12,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qpostcopy.bench.compare import Place, Verdict, by_place, verdicts, winner
+from qpostcopy.bench.compare import (
+    EQUAL_SHARE,
+    Place,
+    Standing,
+    Verdict,
+    by_place,
+    verdicts,
+    winner,
+)
 from qpostcopy.bench.figures import FIGURES, Figure
 from qpostcopy.bench.judge import Judged, judge, sessions_of, subject_of
 from qpostcopy.bench.limits import Limits
@@ -32,6 +40,13 @@ BAD_WORDS = {
     Outcome.GUEST_DIED: "guest died",
     Outcome.CORRUPT: "corrupt memory",
     Outcome.FAILED: "failed",
+}
+_STANDINGS = {
+    Standing.BETTER: "better",
+    Standing.WORSE: "worse",
+    Standing.EQUAL: f"equal within {EQUAL_SHARE:.0%}",
+    Standing.OPEN: "no difference within the spread",
+    Standing.BAD_ENDS: "no verdict, runs of qpostcopy ended badly",
 }
 PRECOPY_ROW = "qpostcopy with precopy"
 NOT_YET = "not in this version"
@@ -255,14 +270,11 @@ def _span(figure: Figure, summary: Summary) -> str:
 
 def verdict_text(verdict: Verdict) -> str:
     """`total: 1.40 times better than qemu-postcopy (1.20..1.61)`."""
-    title, other = verdict.figure.title, engine_text(verdict.other)
-    if verdict.better is None:
-        return f"{title}: no difference within the spread, {_against(verdict)}"
-    word = "better" if verdict.better else "worse"
+    title, word = verdict.figure.title, _STANDINGS[verdict.standing]
     if verdict.ratio is None:
         return f"{title}: {word}, {_against(verdict)}"
     ratio, low, high = (_times(value) for value in verdict.ratio)
-    return f"{title}: {ratio} times {word} than {other} ({low}..{high})"
+    return f"{title}: {ratio} times {word} than {engine_text(verdict.other)} ({low}..{high})"
 
 
 def _against(verdict: Verdict) -> str:

@@ -139,6 +139,18 @@ def test_the_worse_is_said_as_plainly() -> None:
     assert "total: 1.50 times worse than qemu-precopy (1.50..1.50)" in printed(book(of))
 
 
+def test_where_neither_is_better_both_are_shown() -> None:
+    ours = runs(cell(), "total_ms", [100.0] * 5)
+    near = runs(cell(Engine.POSTCOPY), "total_ms", [101.0] * 5)
+    both = "100 ms (100..100 ms) against 101 ms (101..101 ms) of qemu-postcopy"
+    assert sheet([*ours, *near]).verdicts == (f"total: equal within 2%, {both}",)
+    assert not any(row.entries[0].is_best for row in sheet([*ours, *near]).grid.rows)
+    corrupt = run(outcome="corrupt")
+    assert sheet([*ours, corrupt, *near]).verdicts == (
+        f"total: no verdict, runs of qpostcopy ended badly, {both}",
+    )
+
+
 def test_a_column_that_nobody_has_is_left_out() -> None:
     assert sheet(runs(cell(), "total_ms", [1.0])).grid.columns == ("total",)
 
