@@ -38,6 +38,12 @@ class Figure(NamedTuple):
             return f"{_digits(value / 1000)} s"
         return f"{_digits(value)} {self.unit}".strip()
 
+    def span_text(self, low: float, high: float) -> str:
+        """`3.90..4.80 ms`, `960 ms..1.02 s`."""
+        least, most = self.text(low), self.text(high)
+        number, _, unit = least.partition(" ")
+        return f"{number if most.endswith(f' {unit}') else least}..{most}"
+
 
 FIGURES = (
     Figure("total_ms", "total", "ms"),

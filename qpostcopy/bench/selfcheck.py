@@ -12,8 +12,9 @@ All that are apart are listed, whatever the verdict.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from math import exp
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +24,7 @@ from qpostcopy.bench.model import Book, Cell
 from qpostcopy.bench.statistics import Summary, chance_apart, ratio_of
 
 if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
     from rich.table import Table
 
 #: With two, intervals of equals are apart in one case of three.
@@ -31,10 +33,15 @@ FEWEST_RUNS = 3
 _FAR = 2.0
 #: How sure it is that chance makes no more misses than are allowed.
 _SURE = 0.99
-#: A quantile is the upper end of its bucket, an eighth of a power of two wide.
-_BUCKET_SHARE = 1 / 8
+#: A difference that is farther off the delay is another one, whatever its interval.
+_CLOSE_SHARE = 0.25
+#: What must show the delay, and how wide a bucket is: a quantile is the upper end of its
+#: bucket, an eighth of a power of two wide; in the mean of many faults that evens out.
+_BUCKET_SHARES = {"fault_p50_us": 1 / 8, "fault_mean_us": 0.0}
 #: Between the end of a sleep and the thread running again, where cores are few.
 _WAKING_US = 100.0
+#: Of the table, with the share of its width.
+_COLUMNS = {"figure": 12, "one": 20, "other": 20, "found": 18, "holds": 10}
 
 
 class Row(NamedTuple):
@@ -114,17 +121,18 @@ def same(book: Book, cell_a: Cell, cell_b: Cell) -> Checked:
 def slowed(book: Book, plain: Cell, slow: Cell, delay_us: int) -> Checked:
     """Whether a handler that answers later by `delay_us` shows up as just that.
 
-    The difference of the medians, with the interval that theirs allow, must have the delay
-    within it, after it was made wider by what the instrument does not tell: a bucket of the
-    slow handler's histogram either way, since figures of faults are known to a bucket only,
-    and downwards by 0.1 ms, since a thread that has slept runs a little later than it wanted
-    to. Of an interval that is wider than the difference itself (noise) nothing follows.
+    The difference of the medians must be the delay but for a quarter of it. And with the
+    interval that theirs allow it must have the delay within it, after that was made wider by
+    what the instrument does not tell: of a quantile a bucket of the slow handler's histogram
+    either way, since it is known to a bucket only, and downwards by 0.1 ms, since a thread
+    that has slept runs a little later than it wanted to. Of an interval that is wider than
+    the difference itself (noise) nothing follows.
     """
     one, other = _judged(book, plain), _judged(book, slow)
     problems = (*_too_few(plain, one), *_too_few(slow, other))
     rows: tuple[Row, ...] = ()
     if one and other and not problems:
-        figures = [figure for figure in FIGURES if figure.name in ("fault_p50_us", "fault_mean_us")]
+        figures = [figure for figure in FIGURES if figure.name in _BUCKET_SHARES]
         rows = tuple(_slowed_row(figure, one, other, delay_us) for figure in figures)
     return Checked(f"slower by {delay_us} us: {slow.title} and {plain.title}", rows, problems)
 
@@ -149,17 +157,30 @@ def agree(book_one: Book, book_two: Book) -> Checked:
     return Checked(title, tuple(rows), tuple(sorted(problems)))
 
 
-def selfcheck_table(checked: Checked) -> Table:
-    """For people, on a terminal; its last line is the verdict."""
-    from rich.table import Table
+def selfcheck_table(checked: Checked) -> Group:
+    """For people, on a terminal: each cell under its title, the verdict in the last line."""
+    from rich.console import Group
+    from rich.text import Text
 
-    table = Table(title=checked.title, caption=checked.verdict, box=None, pad_edge=False)
-    with_cells = any(row.cell for row in checked.rows)
-    for name in (*(["cell"] if with_cells else []), "figure", "one", "other", "found", "holds"):
-        table.add_column(name)
-    for row in checked.rows:
-        cells = [row.cell] if with_cells else []
-        table.add_row(*cells, row.figure, row.one, row.other, row.found, row.verdict)
+    parts: list[RenderableType] = [Text(checked.title, style="bold")]
+    for cell, rows in groupby(checked.rows, key=lambda row: row.cell):
+        parts += [Text(cell)] if cell else []
+        parts.append(_rows_table(rows))
+    return Group(*parts, Text(checked.verdict))
+
+
+def _rows_table(rows: Iterable[Row]) -> Table:
+    """As wide as the terminal, and so of equal columns below every title."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, expand=True)
+    for name, ratio in _COLUMNS.items():
+        table.add_column(name, ratio=ratio)
+    for row in rows:
+        # An interval stands below its median, as in the report.
+        shown = (text.replace(" (", "\n(") for text in (row.one, row.other, row.found))
+        table.add_row(*(Text(text) for text in (row.figure, *shown, row.verdict)))
     return table
 
 
@@ -238,12 +259,17 @@ def _slowed_row(figure: Figure, plain: Judged, slow: Judged, delay_us: int) -> R
     difference = Summary(
         one.median - other.median, one.low - other.high, one.high - other.low, one.values
     )
-    bucket_us = one.median * _BUCKET_SHARE
-    lowest, highest = difference.low - bucket_us - _WAKING_US, difference.high + bucket_us
     noise = difference.is_noise()
-    holds = not noise and lowest <= delay_us <= highest
+    bucket_us = one.median * _BUCKET_SHARES[figure.name]
+    holds = not noise and _shows(difference, delay_us, bucket_us)
     found = _text(figure, difference)
     return Row("", figure.title, slow_text, plain_text, found, holds, noise)
+
+
+def _shows(difference: Summary, delay_us: int, bucket_us: float) -> bool:
+    is_close = abs(difference.median - delay_us) <= _CLOSE_SHARE * delay_us
+    lowest, highest = difference.low - bucket_us - _WAKING_US, difference.high + bucket_us
+    return is_close and lowest <= delay_us <= highest
 
 
 # --- words ----------------------------------------------------------------------------------
@@ -252,8 +278,7 @@ def _slowed_row(figure: Figure, plain: Judged, slow: Judged, delay_us: int) -> R
 def _text(figure: Figure, summary: Summary | None) -> str:
     if summary is None:
         return "-"
-    median, low, high = (figure.text(value) for value in summary[:3])
-    return f"{median} ({low} to {high})"
+    return f"{figure.text(summary.median)} ({figure.span_text(summary.low, summary.high)})"
 
 
 def _outcomes_text(judged: Judged) -> str:
@@ -262,4 +287,4 @@ def _outcomes_text(judged: Judged) -> str:
 
 def _ratio_text(one: Summary, other: Summary) -> str:
     ratio = ratio_of(one, other)
-    return f"{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else "-"
+    return f"{ratio.ratio:.2f} ({ratio.low:.2f}..{ratio.high:.2f})" if ratio else "-"

@@ -257,12 +257,8 @@ def _noise_span(judged: Judged, figure: Figure, summary: Summary) -> str:
 
 
 def _span(figure: Figure, summary: Summary) -> str:
-    """`3.90..4.80 ms`, `960 ms..1.02 s`; of a single value there is none."""
-    if summary.values < 2:
-        return ""
-    low, high = figure.text(summary.low), figure.text(summary.high)
-    number, _, unit = low.partition(" ")
-    return f"{number if high.endswith(f' {unit}') else low}..{high}"
+    """Of a single value there is none."""
+    return figure.span_text(summary.low, summary.high) if summary.values > 1 else ""
 
 
 # --- in words ---------------------------------------------------------------------------------

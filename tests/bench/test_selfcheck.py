@@ -99,7 +99,7 @@ def test_the_ratio_is_told_with_its_interval() -> None:
     ones = exact(A, "total_ms", [90, 95, 100, 105, 110])
     others = exact(B, "total_ms", [100, 100, 100, 100, 125])
     checked = same(book_of(*ones, *others), A, B)
-    assert row(checked, "total").found == "1.00 (0.72 to 1.10)"
+    assert row(checked, "total").found == "1.00 (0.72..1.10)"
     assert [row.figure for row in checked.rows] == ["total"], "what nobody has is no row"
     assert checked.holds
 
@@ -178,6 +178,34 @@ def test_another_delay_does_not(added_us: float) -> None:
     checked = slowed(slowed_by([added_us] * 5), PLAIN, SLOW, DELAY_US)
     assert not checked.holds
     assert len(checked.failing) == 2
+
+
+def test_what_was_seen_on_a_real_machine() -> None:
+    plain = [(1152, 884), (960, 806), (1152, 935), (1152, 911), (1024, 816)]
+    slow = [(2304, 1975), (2304, 2076), (2304, 2057), (2304, 2019), (2304, 2072)]
+    runs = [
+        run_of(where, {"fault_p50_us": p50_us, "fault_mean_us": mean_us})
+        for where, of in ((PLAIN, plain), (SLOW, slow))
+        for p50_us, mean_us in of
+    ]
+    checked = slowed(book_of(*runs), PLAIN, SLOW, DELAY_US)
+    assert checked.holds, checked.rows
+    assert row(checked, "fault p50").found == "1.15 ms (1.15..1.34 ms)"
+    assert row(checked, "fault mean").found == "1.17 ms (1.04..1.27 ms)"
+
+
+def test_a_wide_interval_excuses_no_other_delay() -> None:
+    """1 ms lies within both intervals, and the medians are 1.3 ms apart."""
+    book = slowed_by([1400, 1400, 1300, 1200, 1100], plain_us=(600, 700, 800, 900, 1000))
+    checked = slowed(book, PLAIN, SLOW, DELAY_US)
+    assert [row.figure for row in checked.failing] == ["fault mean", "fault p50"]
+    assert not any(row.noise for row in checked.rows)
+
+
+def test_a_bucket_is_no_excuse_for_a_mean() -> None:
+    """0.2 ms too little all the time: within a bucket of 2 ms, so the median may have it."""
+    checked = slowed(slowed_by([800] * 5, plain_us=[1200] * 5), PLAIN, SLOW, DELAY_US)
+    assert [row.figure for row in checked.failing] == ["fault mean"]
 
 
 def test_one_of_the_two_figures_is_not_enough() -> None:
@@ -280,11 +308,36 @@ def test_what_was_not_measured_in_both_is_a_problem() -> None:
 def test_the_table_says_all_of_it() -> None:
     dice = random.Random(9)
     checked = agree(quick(dice), quick(dice, 5, {"wire_bytes": 2.0}))
-    console = Console(file=io.StringIO(), width=200)
-    console.print(selfcheck_table(checked))
-    assert isinstance(console.file, io.StringIO)
-    said = console.file.getvalue()
+    said = printed(checked)
     assert said.count("no, by far") == len(CELLS)
-    assert checked.verdict in said
+    assert said.count(checked.verdict) == 1
+    assert said.splitlines()[-1] == checked.verdict
     assert checked.verdict.startswith("DOES NOT HOLD: 5 of 25 differ")
     assert all(where.engine in said for where in CELLS)
+
+
+def printed(checked: Checked, width: int = 80) -> str:
+    """As the command prints it."""
+    out = io.StringIO()
+    Console(file=out, width=width, soft_wrap=True, highlight=False).print(selfcheck_table(checked))
+    return out.getvalue()
+
+
+def test_a_narrow_terminal_has_a_line_for_each_cell() -> None:
+    """And the same columns below each of them."""
+    dice = random.Random(10)
+    lines = printed(agree(quick(dice), quick(dice))).splitlines()
+    titles = [number for number, line in enumerate(lines) if line in {c.title for c in CELLS}]
+    assert [lines[number] for number in titles] == [where.title for where in CELLS]
+    assert len({lines[number + 1].rstrip() for number in titles}) == 1
+    for figure in ("outcome", "total", "downtime", "fault mean", "on the wire"):
+        assert sum(line.startswith(f"{figure} ") for line in lines) == len(CELLS)
+    assert max(len(line) for line in lines) <= 80
+
+
+def test_what_is_about_one_pair_has_no_cell() -> None:
+    checked = slowed(slowed_by([1005, 1040, 1010, 1090, 1020]), PLAIN, SLOW, DELAY_US)
+    title, head, *rows, verdict = printed(checked).splitlines()
+    assert (title, verdict) == (checked.title, checked.verdict)
+    assert head.split() == ["figure", "one", "other", "found", "holds"]
+    assert len(rows) == 4
