@@ -39,6 +39,10 @@ _ARRIVAL_COLOURS = "viridis_r"
 _LEAST_SHARE = 0.0001
 _TIME_AXIS = "seconds since the operator's command"
 
+_FAULTS_CAPTION = (
+    "How long faults take (a curve: only of engines that measure faults singly; a line: the mean)"
+)
+
 Dashes = tuple[int, tuple[float, ...]]
 
 
@@ -49,13 +53,14 @@ class Look(NamedTuple):
     dashes: Dashes
 
 
+#: That no two are alike, for whatever eye, is tested.
 LOOKS = {
     Engine.QPOSTCOPY: Look("#D55E00", (0, ())),
     Engine.PRECOPY: Look("#009E73", (0, (1, 1.2))),
     Engine.POSTCOPY: Look("#0072B2", (0, (6, 1.5))),
     Engine.PREEMPT: Look("#CC79A7", (0, (4, 1, 1, 1))),
-    Engine.MULTIFD: Look("#56B4E9", (0, (5, 1, 1, 1))),
-    Engine.HYBRID: Look("#8A7500", (0, (3, 1, 1, 1, 1, 1))),
+    Engine.MULTIFD: Look("#56B4E9", (0, (2.5, 2.5))),
+    Engine.HYBRID: Look("#4D4D4D", (0, (3, 1, 1, 1, 1, 1))),
 }
 
 
@@ -93,7 +98,7 @@ def _write(
     watched = [portrait for portrait in portraits if place_of(portrait.cell) == place]
     drawn: dict[str, tuple[str, Picture | None]] = {
         "speed": ("Guest speed over time", draw_speed(place, rows)),
-        "faults": ("How long faults take", draw_faults(place, rows)),
+        "faults": (_FAULTS_CAPTION, draw_faults(place, rows)),
         "arrivals": ("When RAM arrives", draw_arrivals(place, watched)),
     }
     for name, (caption, picture) in drawn.items():
@@ -284,10 +289,7 @@ def draw_arrivals(place: Place, portraits: Iterable[Portrait]) -> Picture | None
 
 def _draw_portrait(axes: Axes, portrait: Portrait, column_ms: float, norm: LogNorm) -> None:
     grid = arrivals_on(portrait, _ARRIVAL_ROWS, column_ms)
-    shares = [
-        [max(share, _LEAST_SHARE) if share else float("nan") for share in row]
-        for row in grid.shares
-    ]
+    shares = [[_visible(share) for share in row] for row in grid.shares]
     end = len(grid.shares[0]) * column_ms / 1000
     axes.imshow(
         shares,
@@ -306,7 +308,7 @@ def _draw_portrait(axes: Axes, portrait: Portrait, column_ms: float, norm: LogNo
 
 
 def _visible(share: float) -> float:
-    """A single page is seen, nothing is left white."""
+    """A single page is seen; where nothing arrives it stays white."""
     return max(share, _LEAST_SHARE) if share else nan
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from itertools import combinations
+from math import dist
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Picture
 from matplotlib.image import imread
 
@@ -77,6 +81,7 @@ def test_the_files_are_pictures_with_content(tmp_path: Path) -> None:
     written = write_plots(whole(), tmp_path / "new" / "plots")
     files = [plot.file for plot in written[PLACE]]
     assert files == [f"{name}-10.0-kv-1gbit-512.png" for name in ("speed", "faults", "arrivals")]
+    assert "only of engines that measure faults singly" in written[PLACE][1].caption
     for file in files:
         path = tmp_path / "new" / "plots" / file
         data = path.read_bytes()
@@ -105,8 +110,64 @@ def test_a_picture_says_what_it_shows(name: str, axis: str) -> None:
 
 def test_engines_differ_without_colour() -> None:
     assert LOOKS.keys() == set(Engine)
-    for part in zip(*LOOKS.values(), strict=True):
-        assert len(set(part)) == len(LOOKS)
+    strokes = {engine: _strokes(look.dashes[1]) for engine, look in LOOKS.items()}
+    assert len(set(strokes.values())) == len(LOOKS)
+
+
+def _strokes(dashes: tuple[float, ...]) -> str:
+    """What an eye makes of it: `-` a dash, `.` a dot, and how much of the line is there."""
+    drawn = dashes[::2]
+    kind = "".join("-" if stroke > 2 else "." for stroke in drawn)
+    return f"{kind} {'loose' if dashes and sum(drawn) <= 0.6 * sum(dashes) else 'dense'}"
+
+
+#: What is seen without one kind of cone, of linear RGB (Machado, Oliveira, Fernandes 2009).
+_EYES = {
+    "all": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "deuteranopia": (
+        (0.367322, 0.860646, -0.227968),
+        (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+}
+#: Of linear sRGB to XYZ, as shares of its white (IEC 61966-2-1).
+_XYZ = ((0.4339, 0.3762, 0.1899), (0.2127, 0.7152, 0.0721), (0.0178, 0.1095, 0.8730))
+#: 2.3 is what can just be told apart side by side; lines are thin and apart.
+_LEAST_DISTANCE = 15.0
+
+
+@pytest.mark.parametrize("eye", _EYES)
+def test_engines_differ_in_colour(eye: str) -> None:
+    seen = {
+        engine: _lab(_times(_EYES[eye], [_linear(part) for part in to_rgb(look.colour)]))
+        for engine, look in LOOKS.items()
+    }
+    near = {
+        (one, other): round(dist(seen[one], seen[other]))
+        for one, other in combinations(seen, 2)
+        if dist(seen[one], seen[other]) < _LEAST_DISTANCE
+    }
+    assert near == {}
+
+
+def _linear(part: float) -> float:
+    return float(part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
+
+
+def _times(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> list[float]:
+    return [sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
+
+
+def _lab(linear: Sequence[float]) -> tuple[float, float, float]:
+    """CIE 1976 L*a*b*, in which distances are about those that are seen."""
+    inside = [min(max(part, 0.0), 1.0) for part in linear]
+    x, y, z = (max(part, 0.008856) ** (1 / 3) for part in _times(_XYZ, inside))
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
 
 
 def test_no_picture_of_nothing(tmp_path: Path) -> None:
