@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 from qpostcopy.bench.compare import (
@@ -142,7 +143,7 @@ def sheet_of(place: Place, rows: Sequence[Judged]) -> Sheet:
         more=_grid(rows, rest),
         verdicts=tuple(verdict_text(verdict) for verdict in verdicts(rows, main)),
         own_cost=tuple(_own_cost(rows)),
-        notes=(*_ends(rows), *_few(rows)),
+        notes=(*_baselines(rows), *_ends(rows), *_unrecovered(rows), *_few(rows)),
     )
 
 
@@ -297,6 +298,28 @@ def _own_cost(rows: Iterable[Judged]) -> Iterable[str]:
         if known:
             said = ", ".join(f"{one.title} {_inline(entry_of(row, one))}" for one in known)
             yield f"{engine_text(row)}: {said}"
+
+
+def _baselines(rows: Iterable[Judged]) -> Iterable[str]:
+    """No other figure shows it: each engine is held against the speed of its own guest, and
+    guests are not equally fast on every kind of RAM."""
+    known = [f"{engine_text(row)} {speed:,.0f}" for row in rows if (speed := _baseline(row))]
+    if known:
+        yield f"guest before the start, median operations/s: {'; '.join(known)}"
+
+
+def _baseline(row: Judged) -> float | None:
+    """Of the runs whose figures are shown; where there are none, of the others."""
+    runs = row.good or row.bad
+    speeds = [run.baseline.operations_per_second for run in runs if run.baseline]
+    return median(speeds) if speeds else None
+
+
+def _unrecovered(rows: Iterable[Judged]) -> Iterable[str]:
+    for row in rows:
+        if slow := sum(not run.recovered for run in row.good):
+            runs = f"{slow} of {len(row.good)} runs"
+            yield f"{engine_text(row)}: speed not back in {runs}, so work lost is more than it says"
 
 
 def _ends(rows: Iterable[Judged]) -> Iterable[str]:

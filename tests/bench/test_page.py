@@ -69,6 +69,7 @@ def test_the_cells_are_those_of_the_terminal() -> None:
     assert main[3] == ["qpostcopy with precopy", "not in this version", "-", "-"]
     assert main[4][2:] == ["300 ms<br>300..300 ms", "900 ms<br>900..900 ms"]
     assert [row[2] for row in more[2:]] == ["**50 ms**<br>50..50 ms", "-", "60 ms<br>60..60 ms"]
+    assert "\n- guest before the start, median operations/s: qpostcopy 1,000; qemu-" in text
     assert "7.77" not in text
     assert "98.8" not in text
     assert "- total: 3.00 times better than qemu-postcopy (3.00..3.00)\n" in text

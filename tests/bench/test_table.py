@@ -100,7 +100,7 @@ def test_bad_ends_are_named() -> None:
     assert by_engine["qpostcopy"].runs == ("2 of 5", "guest died 3 of 5")
     assert by_engine["qemu-precopy"].runs == ("gave up 5 of 5",)
     assert by_engine["qemu-precopy"].entries == (Entry("-"),)
-    assert found.notes == (
+    assert found.notes[1:] == (
         "qpostcopy: guest died 3 of 5, figures are of the others: no answer",
         "qemu-precopy: gave up 5 of 5",
         "fewer than 5 good runs, so the spread says less: qpostcopy 2",
@@ -149,6 +149,33 @@ def test_where_neither_is_better_both_are_shown() -> None:
     assert sheet([*ours, corrupt, *near]).verdicts == (
         f"total: no verdict, runs of qpostcopy ended badly, {both}",
     )
+
+
+def test_the_guest_of_each_engine_is_named() -> None:
+    """Of the good runs, where there are any: the others' speeds belong to no figure."""
+    private = [run(cell(Engine.POSTCOPY), baseline=moved(speed)) for speed in (119e3, 12e4, 125e3)]
+    ours = [run(baseline=moved(11e4)), run(baseline=moved(99e3), outcome="corrupt")]
+    gave_up = [run(cell(Engine.PRECOPY), baseline=moved(13e4), outcome="gave-up")]
+    never_began = [run(cell(Engine.PREEMPT), baseline=None, outcome="failed")]
+    of = [*private, *ours, *gave_up, *never_began]
+    line = (
+        "guest before the start, median operations/s: "
+        "qpostcopy 110,000; qemu-precopy 130,000; qemu-postcopy 120,000"
+    )
+    assert sheet(of).notes[0] == line
+    assert line in printed(book(of))
+    assert sheet(never_began).notes == ("qemu-postcopy-preempt: failed 1 of 1",)
+
+
+def test_a_speed_that_did_not_come_back_is_said() -> None:
+    slow = runs(cell(), "work_lost_ms", [900.0] * 5)
+    slow = [one.model_copy(update={"recovered": number > 1}) for number, one in enumerate(slow)]
+    fine = runs(cell(Engine.POSTCOPY), "work_lost_ms", [900.0] * 5)
+    died = run(cell(Engine.POSTCOPY), outcome="guest-died", recovered=False)
+    said = [note for note in sheet([*slow, *fine, died]).notes if "speed" in note]
+    assert said == [
+        "qpostcopy: speed not back in 2 of 5 runs, so work lost is more than it says",
+    ]
 
 
 def test_a_column_that_nobody_has_is_left_out() -> None:
