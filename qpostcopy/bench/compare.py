@@ -81,16 +81,23 @@ def by_place(judged: Iterable[Judged]) -> dict[Place, tuple[Judged, ...]]:
 
 
 def interval_of(judged: Judged, figure: Figure) -> Interval | None:
-    """Anything, if there is one value only; below the resolution as wide as that."""
+    """Anything, if there is one value only; below the resolution as wide as that; without an
+    end, if a run was not watched to its own."""
     summary = judged.summary(figure)
     if summary is None:
         return None
     if summary.values < 2 or judged.is_anecdote(figure):
         return Interval(-inf, inf)
+    high = summary.high if _is_whole(judged, figure) else inf
     resolution = judged.resolution(figure)
     if abs(summary.median) >= resolution:
-        return Interval(summary.low, summary.high)
-    return Interval(min(summary.low, -resolution), max(summary.high, resolution))
+        return Interval(summary.low, high)
+    return Interval(min(summary.low, -resolution), max(high, resolution))
+
+
+def _is_whole(judged: Judged, figure: Figure) -> bool:
+    """A guest that was still slow when nobody looked any longer has lost more than was seen."""
+    return figure.name != "work_lost_ms" or all(run.recovered for run in judged.good)
 
 
 def winner(rows: Sequence[Judged], figure: Figure) -> Judged | None:

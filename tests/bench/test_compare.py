@@ -183,6 +183,16 @@ def test_what_is_nearly_the_same_is_equal() -> None:
     assert EQUAL_SHARE == 0.02
 
 
+def test_work_still_being_lost_is_never_better() -> None:
+    """It may be worse than another's, but never better."""
+    of = [*runs(cell(), LOST.name, [100.0] * 4), run(figures={LOST.name: 100.0}, recovered=False)]
+    for other, expected in ((400.0, Standing.OPEN), (40.0, Standing.WORSE)):
+        theirs = sample(Engine.POSTCOPY, LOST, [other] * 5)
+        (verdict,) = verdicts(rows(of, theirs), [LOST])
+        assert verdict.standing is expected
+    assert won(of, sample(Engine.POSTCOPY, LOST, [400.0] * 5), figure=LOST) is None
+
+
 _VALUES = st.lists(st.floats(90.0, 130.0), min_size=1, max_size=6)
 
 
