@@ -313,7 +313,7 @@ async def repair(migration: Migration) -> int:
     # Even if it was not started just now: who started it may have died before this.
     await _compile_some_order(migration)
     # At once: what the handler has may be more than fits a socket that nobody reads.
-    await together(serve_faults(migration), serve_pages(migration))
+    await together(serve_faults(migration), serve_pages(migration, push=True))
     return mark
 
 

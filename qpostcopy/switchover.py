@@ -5,7 +5,8 @@ says what the step is about to do, so that whatever is killed between any two
 steps, recovery.py knows how to go on or back.
 
     SWITCHOVER  the source stops; device state flows; the destination loads and stays paused
-    COMMIT      record_commit is the point of no return: `committed` is on disk, then `cont`
+    COMMIT      record_commit is the point of no return: `committed` is on disk, then `cont`,
+                and only then the push, which would be in device state's way
 
 Why it cannot end with both sides running: QEMU would start the destination by
 itself, so it is told `stop` while `inmigrate` and loads into `paused`. The only
@@ -141,9 +142,22 @@ async def _wait_for_pre_switchover(migration: Migration, mark: int) -> None:
         await migration.wait(what, arrived, STOP_SECONDS, since=mark)
 
 
-async def serve_pages(migration: Migration) -> None:
-    """The page server goes to work, before QEMU can ask for a page while it loads."""
-    await migration.source.call("qpc-serve", schema.ServePages(), schema.Empty, COMMAND_SECONDS)
+async def serve_loading(migration: Migration) -> None:
+    """The page server answers, before QEMU can ask for a page while it loads.
+
+    It does not push yet: device state has the link to itself while the guest stands still.
+    """
+    await serve_pages(migration, push=False)
+
+
+async def serve_pages(migration: Migration, *, push: bool) -> None:
+    """The page server goes to work.
+
+    :param push: and sends what nobody asked for, too; else not before `start_push`.
+    """
+    await migration.source.call(
+        "qpc-serve", schema.ServePages(push=push), schema.Empty, COMMAND_SECONDS
+    )
     if migration.state.served_seconds is None:
         migration.directory.note(served_seconds=now_seconds())
 
@@ -264,6 +278,14 @@ async def send_cont(migration: Migration) -> None:
         raise
 
 
+async def start_push(migration: Migration) -> None:
+    """The rest of the pages begins to flow. Not before `cont`, which waits for nobody.
+
+    A controller that dies before this, or fails: whoever repairs opens lanes that push at once.
+    """
+    await migration.source.call("qpc-push", schema.Push(), schema.Empty, COMMAND_SECONDS)
+
+
 def note_resumed(migration: Migration, mark: int) -> None:
     """Stamp the end of the downtime: at the receipt of RESUME, or now."""
     seen = migration.book.find(lambda seen: seen.is_("destination", "RESUME"), since=mark)
@@ -274,9 +296,9 @@ def note_resumed(migration: Migration, mark: int) -> None:
 SWITCHOVER: tuple[Step, ...] = (
     listen_for_device_state,
     stop_source,
-    serve_pages,
+    serve_loading,
     load_device_state,
     confirm,
     record_commit,
 )
-COMMIT: tuple[Step, ...] = (announce_commit, start_guest)
+COMMIT: tuple[Step, ...] = (announce_commit, start_guest, start_push)

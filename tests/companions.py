@@ -144,7 +144,10 @@ class Pair:
         )
 
     async def serve(
-        self, push_bytes_per_second: int | None = None, profile: Mapping[str, object] | None = None
+        self,
+        push_bytes_per_second: int | None = None,
+        profile: Mapping[str, object] | None = None,
+        push: bool = True,
     ) -> None:
         content = profile or Profile(name="in-order").model_dump(mode="json")
         await self.page_server.client.call(
@@ -153,7 +156,7 @@ class Pair:
             schema.Prepared,
         )
         await asyncio.gather(
-            self.page_server.client.call("qpc-serve", schema.ServePages(), schema.Empty),
+            self.page_server.client.call("qpc-serve", schema.ServePages(push=push), schema.Empty),
             self.handler.client.call("qpc-serve", schema.Serve(), schema.Empty),
         )
 

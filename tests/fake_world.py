@@ -328,6 +328,10 @@ class FakeSide:
             self.world.event("destination", "QPC_PLACED")
         return schema.Empty()
 
+    def do_qpc_push(self, _: Mapping[str, Any]) -> object:
+        assert self.world.destination.migration == "completed", "in device state's way"
+        return schema.Empty()
+
     def do_qpc_stats(self, _: Mapping[str, Any]) -> object:
         if not self.attached:
             raise QpostcopyError("not attached")

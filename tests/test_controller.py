@@ -13,6 +13,7 @@ import pytest
 from qpostcopy import controller as controller_module
 from qpostcopy import postcopy
 from qpostcopy.phases import Phase
+from qpostcopy.switchover import COMMIT
 from tests.controller_runs import (
     BEFORE_COMMIT,
     Act,
@@ -84,6 +85,7 @@ def test_the_commands_come_in_the_order_that_makes_it_safe(world: World, tmp_pat
         ("source", "migrate-continue"),
         ("destination", "qpc-committed"),
         ("destination", "cont"),
+        ("source", "qpc-push"),
         ("destination", "qpc-committed"),  # whoever is to detach is told first, old or new
         ("destination", "qpc-detach"),
         ("source", "quit"),
@@ -202,7 +204,7 @@ def test_a_bug_after_the_commit_is_interrupted(
 
 #: Between any two steps; what follows record_commit is "before announce_commit".
 PLACES = [(step, after) for step in BEFORE_COMMIT for after in (False, True)][:-1]
-PLACES += [("announce_commit", False), ("announce_commit", True), ("start_guest", True)]
+PLACES += [(step.__name__, True) for step in COMMIT] + [("announce_commit", False)]
 
 
 @pytest.mark.parametrize(("step", "after"), PLACES)
@@ -215,7 +217,7 @@ def test_a_controller_killed_at_any_step_is_resumed(
         with pytest.raises(Killed):
             migrate(directory)
     committed = directory.committed
-    assert committed is (step in ("announce_commit", "start_guest"))
+    assert committed is (step in {step.__name__ for step in COMMIT})
     run = migrate(directory, resuming=True)
     if committed:
         assert run.ended == ("completed", 0, "destination")

@@ -26,13 +26,13 @@ def names(steps: tuple[Any, ...]) -> list[str]:
 
 def test_the_record_is_the_last_step_that_can_be_taken_back() -> None:
     assert names(SWITCHOVER)[-1] == "record_commit"
-    assert names(COMMIT) == ["announce_commit", "start_guest"]
+    assert names(COMMIT) == ["announce_commit", "start_guest", "start_push"]
 
 
 def test_the_handler_serves_before_the_device_state_is_loaded() -> None:
     order = names(SWITCHOVER)
     assert (
-        order.index("stop_source") < order.index("serve_pages") < order.index("load_device_state")
+        order.index("stop_source") < order.index("serve_loading") < order.index("load_device_state")
     )
 
 

@@ -294,6 +294,12 @@ class Prepared(Model):
 class ServePages(Model):
     """`qpc-serve` (page server): the source is stopped; answer and push from now on."""
 
+    push: bool = Field(True, description="false: only answer, until qpc-push")
+
+
+class Push(Model):
+    """`qpc-push`: begin the push that `qpc-serve` was told to leave for later."""
+
 
 # --- controller ---------------------------------------------------------------------------
 
@@ -376,6 +382,7 @@ PAGE_SERVER: dict[str, tuple[type[Model], type[Model]]] = BOTH | {
     "qpc-prepare": (Prepare, Prepared),
     "qpc-connect": (Connect, Empty),
     "qpc-serve": (ServePages, Empty),
+    "qpc-push": (Push, Empty),
     "qpc-stats": (Empty, SourceStats),
 }
 CONTROLLER: dict[str, tuple[type[Model], type[Model]]] = {

@@ -59,11 +59,16 @@ class Ram:
 
 @dataclass(slots=True)
 class Session:
-    """One session of lanes, from `qpc-connect` on."""
+    """One session of lanes, from `qpc-connect` on.
+
+    :ivar push_held: it serves, and its push waits for `qpc-push`.
+    :ivar pushing: the push loops that are not done yet, begun or not.
+    """
 
     lanes: Lanes
     threads: LaneThreads
     serving: bool = False
+    push_held: bool = False
     reported: bool = False
     pushing: set[str] = field(default_factory=set)
 
@@ -134,7 +139,7 @@ class PageServer(Companion):
             await stream.lend(self._session.lanes, self.monitor)
         return schema.Empty()
 
-    async def qpc_serve(self, _: schema.ServePages) -> schema.Empty:
+    async def qpc_serve(self, arguments: schema.ServePages) -> schema.Empty:
         """See schema.ServePages.
 
         :raise SourceRunsError: it is not stopped.
@@ -150,6 +155,18 @@ class PageServer(Companion):
             demand = session.lanes.demand.fileno()
             await in_thread(core.receive_have, demand, HAVE_MS)
             self._start_loops(core, session)
+            session.push_held = True
+            if arguments.push:
+                self._start_push(core, session)
+        return schema.Empty()
+
+    async def qpc_push(self, _: schema.Push) -> schema.Empty:
+        """See schema.Push."""
+        async with self._changing:
+            session, core = self._session, self._core
+            if core is None or session is None or not session.push_held:
+                raise WrongStateError("qpc-push needs lanes that serve and do not push yet")
+            self._start_push(core, session)
         return schema.Empty()
 
     async def qpc_stats(self, _: schema.Empty) -> schema.SourceStats:
@@ -219,11 +236,15 @@ class PageServer(Companion):
         if self._scan is None or not self._scan.running:
             self._scan = LaneThreads(self._on_scan_end)
             self._scan.start("scan", core.run_scan)
+        session.pushing = {_push_name(index) for index in range(len(session.lanes.push))}
         session.threads.start("demand", partial(core.run_demand, session.lanes.demand.fileno()))
+
+    @staticmethod
+    def _start_push(core: SourceCore, session: Session) -> None:
+        session.push_held = False
         for index, sock in enumerate(session.lanes.push):
-            name = f"push {index}"
-            session.pushing.add(name)
-            session.threads.start(name, partial(core.run_push, sock.fileno(), index))
+            run = partial(core.run_push, sock.fileno(), index)
+            session.threads.start(_push_name(index), run)
 
     def _stop_core(self) -> None:
         if self._core is not None:
@@ -269,6 +290,10 @@ class PageServer(Companion):
                 for fd in self._ram.fds:
                     os.close(fd)
                 self._ram = None
+
+
+def _push_name(index: int) -> str:
+    return f"push {index}"
 
 
 def _profile_of(arguments: schema.Prepare) -> Profile:

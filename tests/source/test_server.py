@@ -90,6 +90,46 @@ def test_pages_can_still_be_had_when_the_source_qemu_is_gone() -> None:
         asyncio.run(body(pair))
 
 
+def test_a_push_can_wait() -> None:
+    async def body(pair: Pair) -> None:
+        async with asyncio.timeout(SECONDS), connected(pair):
+            await pair.start()
+            fill(pair.source_vm.ram_fd("ram0"), 32 * MIB, b"s")
+            await pair.attach()
+            await pair.open_lanes()
+            client = pair.page_server.client
+            with pytest.raises(RemoteError, match="lanes that serve"):
+                await client.call("qpc-push", schema.Push(), schema.Empty)
+            with pair.handler.client.subscribe("QPC_PLACED") as placed:
+                await pair.serve(push=False)
+                assert (await pair.handler_stats()).push_pages == 0
+                await client.call("qpc-push", schema.Push(), schema.Empty)
+                await placed.get(30)
+            with pytest.raises(RemoteError, match="do not push yet"):
+                await client.call("qpc-push", schema.Push(), schema.Empty)
+            await pair.detach()
+            assert_same_ram(pair)
+
+    with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
+        asyncio.run(body(pair))
+
+
+def test_lanes_that_are_lost_before_the_push_are_told() -> None:
+    async def body(pair: Pair) -> None:
+        async with asyncio.timeout(SECONDS), connected(pair):
+            await pair.start()
+            fill(pair.source_vm.ram_fd("ram0"), 32 * MIB, b"s")
+            await pair.attach()
+            await pair.open_lanes()
+            await pair.serve(push=False)
+            with pair.page_server.client.subscribe("QPC_LANE_LOST") as lost:
+                await pair.handler.kill()
+                await lost.get(30)
+
+    with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
+        asyncio.run(body(pair))
+
+
 def test_what_it_refuses() -> None:
     async def body(pair: Pair) -> None:
         async with asyncio.timeout(SECONDS), connected(pair):

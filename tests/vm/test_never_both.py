@@ -36,11 +36,11 @@ pytestmark = [pytest.mark.vm, pytest.mark.root]
 
 STEPS = [step.__name__ for step in (*PREPARE, *SWITCHOVER, *COMMIT)]
 #: One place is enough between two steps; these few also in the quick run.
-PLACES = [f"{step}:before" for step in STEPS] + ["start_guest:after"]
+PLACES = [f"{step}:before" for step in STEPS] + ["start_push:after"]
 QUICK = {"attach:before", "load_device_state:before", "announce_commit:before", "inspect"}
-COMMITTED = {"announce_commit:before", "start_guest:before", "start_guest:after"}
+COMMITTED = {f"{step.__name__}:before" for step in COMMIT} | {"start_push:after"}
 STALL_SECONDS = 3.0
-LOADING = ["stop_source", "serve_pages", "load_device_state", "confirm"]
+LOADING = ["stop_source", "serve_loading", "load_device_state", "confirm"]
 
 
 def places(names: list[str]) -> list[object]:
