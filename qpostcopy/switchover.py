@@ -19,10 +19,12 @@ A step raises TroubleError (or any QpostcopyError); the caller rolls back.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 
 from qpostcopy import stream
 from qpostcopy.errors import OutcomeUnknownError, QpostcopyError
@@ -44,9 +46,10 @@ from qpostcopy.sidechecks import BACKEND_REMEDY
 
 log = logging.getLogger(__name__)
 
-#: Longer than any device state takes; a destination that hangs while loading ends here.
 STOP_SECONDS = 30.0
+#: Without a byte of device state that arrives.
 LOAD_SECONDS = 10.0
+_LOOKS = 20
 #: A source that has not stopped by then is asked what it sends.
 LOOK_SECONDS = 1.0
 #: The guest stands still meanwhile; a handler that takes longer is better replaced.
@@ -167,12 +170,37 @@ async def load_device_state(migration: Migration) -> None:
     mark = migration.book.mark
     await migration.source.execute("migrate-continue", {"state": "pre-switchover"}, COMMAND_SECONDS)
     for role in ("source", "destination"):
-        await migration.wait(
-            f"the {role}'s completed",
-            lambda seen, role=role: seen.migration(role, "completed"),  # type: ignore[misc]
-            LOAD_SECONDS,
-            since=mark,
+        await _wait_while_it_flows(migration, role, mark)
+
+
+async def _wait_while_it_flows(migration: Migration, role: Role, mark: int) -> None:
+    """That side's `completed`; a slow link has all the time that it needs, a dead one has not."""
+    crossed_bytes, deadline = 0, now_seconds() + LOAD_SECONDS
+    while now_seconds() < deadline:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOAD_SECONDS / _LOOKS):
+                await migration.book.wait(lambda seen: seen.migration(role, "completed"), mark)
+            return
+        if (now_crossed_bytes := await _crossed_bytes(migration)) > crossed_bytes:
+            crossed_bytes, deadline = now_crossed_bytes, now_seconds() + LOAD_SECONDS
+    address = migration.plan.lanes.listen
+    raise TroubleError(
+        TIMEOUT_CODE,
+        f"the {role}'s completed did not come, and for {LOAD_SECONDS:g} s no device state crossed "
+        f"the link to {address} ({crossed_bytes} bytes did before)",
+        remedy=f"see that {address} (lanes.listen) is within reach of the source, and what the "
+        "destination QEMU says on its stderr",
+    )
+
+
+async def _crossed_bytes(migration: Migration) -> int:
+    """Of device state, by the page server: the source QEMU does not answer while it sends."""
+    with suppress(QpostcopyError):
+        stats = await migration.source.call(
+            "qpc-stats", schema.Empty(), schema.SourceStats, QUERY_SECONDS
         )
+        return stats.device_state_bytes
+    return 0
 
 
 async def confirm(migration: Migration) -> None:

@@ -333,11 +333,17 @@ class FakeSide:
         return schema.Empty()
 
     def do_qpc_stats(self, _: Mapping[str, Any]) -> object:
+        if self.role == "source":
+            return self._source_stats()
         if not self.attached:
             raise QpostcopyError("not attached")
         counters: dict[str, Any] = dict.fromkeys(schema.HandlerStats.model_fields, 0)
         counters |= {"total_pages": 256, "remaining_pages": 0 if self.world.placed_at_once else 9}
         return schema.HandlerStats(**counters | {"faults": schema.FaultStats()})
+
+    def _source_stats(self) -> schema.SourceStats:
+        counters: dict[str, Any] = dict.fromkeys(schema.SourceStats.model_fields, 0)
+        return schema.SourceStats(**counters | {"push_done": False})
 
 
 class FakeProcess:

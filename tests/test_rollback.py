@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from qpostcopy import switchover
 from qpostcopy.controller import Controller
 from qpostcopy.errors import OutcomeUnknownError, QpostcopyError
 from qpostcopy.migration import TroubleError
@@ -138,8 +139,30 @@ def test_a_destination_that_hangs_while_loading(world: World, tmp_path: Path) ->
     run = migrate(start(tmp_path))
     assert run.ended == ("rolled-back", 4, "source")
     assert run.result["error"]["code"] == "switchover-timeout"
+    assert "link to 127.0.0.1" in run.result["error"]["message"]
+    assert "lanes.listen" in run.result["error"]["remedy"]
     assert not world.destination.alive
     is_back(world)
+
+
+def test_a_slow_link_has_its_time(world: World, tmp_path: Path) -> None:
+    """Three times as long as it may stand still, for it does not."""
+    crossed_bytes = [0]
+
+    def source_only(world: World, act: Act) -> object:
+        world.source.migration, world.source.status = "completed", "postmigrate"
+        world.event("source", "MIGRATION", status="completed")
+        return {}
+
+    def crossing(world: World, act: Act) -> object:
+        crossed_bytes[0] += 1
+        if crossed_bytes[0] == 3 * switchover._LOOKS:
+            world.sides["destination"].load()
+        return act().model_copy(update={"device_state_bytes": crossed_bytes[0]})
+
+    world.faults["source", "migrate-continue"] = source_only
+    world.faults["source", "qpc-stats"] = crossing
+    assert migrate(start(tmp_path)).ended == ("completed", 0, "destination")
 
 
 def test_the_sources_completed_alone_means_nothing(world: World, tmp_path: Path) -> None:

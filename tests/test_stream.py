@@ -6,16 +6,22 @@ import asyncio
 import os
 import socket
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from qpostcopy import stream
-from qpostcopy.lanes import Lanes
+from qpostcopy.companion import Options
+from qpostcopy.lanes import Lanes, LaneThreads
 from qpostcopy.migration import COMMAND_SECONDS
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.client import RemoteError
 from qpostcopy.qmp.connection import CommandError, ConnectionLostError
 from qpostcopy.qmp.holder import LEND_SECONDS, MonitorHolder
+from qpostcopy.source.server import PageServer
+from qpostcopy.source.server import Session as SourceSession
+from qpostcopy.uffd.handler import Attachment, Handler
+from qpostcopy.uffd.handler import Session as HandlerSession
 from tests.companions import MIB, CompanionProcess, Pair, connected, memfd_backends, vm_pair
 from tests.qmp.support import private_directory, run
 
@@ -26,11 +32,15 @@ class Borrower(MonitorHolder):
     def __init__(self, problem: Exception | None = None) -> None:
         super().__init__(Path("/none"), on_event=lambda _: None, on_lost=lambda _: None)
         self.got: dict[str, int] = {}
+        self.asked, self.may_take = asyncio.Event(), asyncio.Event()
+        self.may_take.set()
         self._refusal = problem
 
     async def lend(self, fd: int, name: str) -> None:
         if self._refusal:
             raise self._refusal
+        self.asked.set()
+        await self.may_take.wait()
         self.got[name] = os.dup(fd)
 
 
@@ -42,11 +52,11 @@ def lanes_with(device_state: socket.socket | None) -> Lanes:
 def test_each_gets_its_end_of_one_connection() -> None:
     async def body() -> None:
         got = []
-        for end in socket.socketpair():
-            end.setblocking(False)
-            lanes, borrower = lanes_with(end), Borrower()
-            await stream.lend(lanes, borrower)
-            assert end.fileno() < 0, "it is QEMU's alone"
+        for sock in socket.socketpair():
+            sock.setblocking(False)
+            lanes, borrower = lanes_with(sock), Borrower()
+            with stream.take_end(lanes) as end:
+                await stream.lend(end, borrower)
             lanes.close()
             got.append(borrower.got[stream.NAME])
         assert [os.get_blocking(end) for end in got] == [True, True]
@@ -58,38 +68,94 @@ def test_each_gets_its_end_of_one_connection() -> None:
     run(body)
 
 
-def test_it_is_lent_once() -> None:
-    async def body() -> None:
-        ours, theirs = socket.socketpair()
-        lanes, borrower = lanes_with(ours), Borrower()
-        await stream.lend(lanes, borrower)
+def test_it_is_taken_once() -> None:
+    ours, theirs = socket.socketpair()
+    lanes = lanes_with(ours)
+    with theirs, stream.take_end(lanes):
         with pytest.raises(stream.NoStreamError, match="or it was lent"):
-            await stream.lend(lanes, borrower)
-        os.close(borrower.got[stream.NAME])
+            stream.take_end(lanes)
         lanes.close()
-        theirs.close()
-
-    run(body)
 
 
 def test_lanes_without_one() -> None:
+    lanes = lanes_with(None)
+    with pytest.raises(stream.NoStreamError, match="no connection for device state"):
+        stream.take_end(lanes)
+    lanes.close()
+
+
+def test_what_has_crossed_is_counted() -> None:
+    """By the kernel, whoever wrote it, and whether or not anybody has read it yet."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as near,
+        server.accept()[0] as far,
+    ):
+        before_bytes = stream.crossed_bytes(near)
+        os.write(near.fileno(), bytes(5000))
+        far.sendall(b"x")
+        assert near.recv(1) == b"x", "and with it came what it acknowledges"
+        assert stream.crossed_bytes(near) == before_bytes + 5000
+
+
+# --- by the companions ----------------------------------------------------------------------
+
+
+def companion_with(
+    kind: type[Handler | PageServer], lanes: Lanes, path: Path
+) -> Handler | PageServer:
+    companion = kind(Options(path / "qmp", os.getpid(), "m-1", path, path / "sock"))
+    threads = LaneThreads(lambda *_: None)
+    if isinstance(companion, PageServer):
+        companion._session = SourceSession(lanes, threads)
+    else:
+        nothing = cast(Any, None)
+        session = HandlerSession(nothing, threads, lanes)
+        companion._attachment = Attachment(nothing, nothing, session=session)
+    return companion
+
+
+@pytest.mark.parametrize("kind", [Handler, PageServer])
+def test_two_calls_at_once(kind: type[Handler | PageServer], tmp_path: Path) -> None:
+    """What ends the session meanwhile closes no number that QEMU is about to be sent."""
+
     async def body() -> None:
-        lanes = lanes_with(None)
-        with pytest.raises(stream.NoStreamError, match="no connection for device state"):
-            await stream.lend(lanes, Borrower())
+        ours, theirs = socket.socketpair()
+        lanes, borrower = lanes_with(ours), Borrower()
+        companion = companion_with(kind, lanes, tmp_path)
+        companion.monitor = borrower
+        borrower.may_take.clear()
+        calls = [asyncio.create_task(companion.qpc_state_lend(schema.StateLend())) for _ in "ab"]
+        await borrower.asked.wait()
         lanes.close()
+        borrower.may_take.set()
+        first, second = await asyncio.gather(*calls, return_exceptions=True)
+        assert first == schema.Empty()
+        assert isinstance(second, stream.NoStreamError)
+        copy = borrower.got[stream.NAME]
+        os.write(copy, b"state")
+        assert theirs.recv(9) == b"state"
+        os.close(copy)
+        theirs.close()
+        if isinstance(companion, PageServer):
+            await companion._end_session()
 
     run(body)
 
 
-def test_what_qemu_does_not_take_is_closed() -> None:
+@pytest.mark.parametrize("kind", [Handler, PageServer])
+def test_what_qemu_does_not_take_is_closed(
+    kind: type[Handler | PageServer], tmp_path: Path
+) -> None:
     """The other side sees that nobody is there, and does not wait."""
 
     async def body() -> None:
         ours, theirs = socket.socketpair()
         lanes = lanes_with(ours)
+        companion = companion_with(kind, lanes, tmp_path)
+        companion.monitor = Borrower(ConnectionLostError("QEMU's monitor: gone"))
         with pytest.raises(ConnectionLostError):
-            await stream.lend(lanes, Borrower(ConnectionLostError("QEMU's monitor: gone")))
+            await companion.qpc_state_lend(schema.StateLend())
         assert theirs.recv(1) == b""
         lanes.close()
         theirs.close()

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -61,16 +62,24 @@ class Ram:
 class Session:
     """One session of lanes, from `qpc-connect` on.
 
+    :ivar device_state: our copy of what QEMU was lent, to look at only.
     :ivar push_held: it serves, and its push waits for `qpc-push`.
     :ivar pushing: the push loops that are not done yet, begun or not.
     """
 
     lanes: Lanes
     threads: LaneThreads
+    device_state: socket.socket | None = None
     serving: bool = False
     push_held: bool = False
     reported: bool = False
     pushing: set[str] = field(default_factory=set)
+
+    def close(self) -> None:
+        """After its threads were joined."""
+        self.lanes.close()
+        if self.device_state is not None:
+            self.device_state.close()
 
 
 class PageServer(Companion):
@@ -134,9 +143,14 @@ class PageServer(Companion):
         :raise QpostcopyError: there is no connection, or QEMU did not take it.
         """
         async with self._changing:
-            if self._session is None:
+            session = self._session
+            if session is None:
                 raise WrongStateError("qpc-state-lend needs lanes: qpc-connect first")
-            await stream.lend(self._session.lanes, self.monitor)
+            with contextlib.ExitStack() as undo:
+                end = undo.enter_context(stream.take_end(session.lanes))
+                await stream.lend(end, self.monitor)
+                undo.pop_all()
+            session.device_state = end
         return schema.Empty()
 
     async def qpc_serve(self, arguments: schema.ServePages) -> schema.Empty:
@@ -172,7 +186,9 @@ class PageServer(Companion):
     async def qpc_stats(self, _: schema.Empty) -> schema.SourceStats:
         if self._core is None:
             raise WrongStateError("qpc-stats: this page server has nothing to count yet")
-        return schema.SourceStats(**asdict(self._core.stats()))
+        state = self._session.device_state if self._session is not None else None
+        crossed_bytes = stream.crossed_bytes(state) if state is not None else 0
+        return schema.SourceStats(**asdict(self._core.stats()), device_state_bytes=crossed_bytes)
 
     # --- the source's RAM ---------------------------------------------------------------------
 
@@ -255,7 +271,7 @@ class PageServer(Companion):
         self._stop_core()
         if session is not None:
             await session.threads.join()
-            session.lanes.close()
+            session.close()
         if self._core is not None:
             await in_thread(self._core.reset)
 

@@ -249,10 +249,12 @@ class Handler(Companion):
 
         :raise QpostcopyError: there is no connection, or QEMU did not take it.
         """
-        session = self._attached("qpc-state-lend").session
-        if session is None:
-            raise WrongStateError("qpc-state-lend needs lanes: qpc-listen first")
-        await stream.lend(await session.take_lanes(stream.LANES_SECONDS), self.monitor)
+        async with self._changing:
+            session = self._attached("qpc-state-lend").session
+            if session is None:
+                raise WrongStateError("qpc-state-lend needs lanes: qpc-listen first")
+            with stream.take_end(await session.take_lanes(stream.LANES_SECONDS)) as end:
+                await stream.lend(end, self.monitor)
         return schema.Empty()
 
     # --- sessions of lanes --------------------------------------------------------------------
