@@ -12,14 +12,17 @@ import pytest
 
 from qpostcopy import stream
 from qpostcopy.companion import Options
+from qpostcopy.core.hello import DEAD_PEER_MS
 from qpostcopy.lanes import Lanes, LaneThreads
 from qpostcopy.migration import COMMAND_SECONDS
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.client import RemoteError
 from qpostcopy.qmp.connection import CommandError, ConnectionLostError
 from qpostcopy.qmp.holder import LEND_SECONDS, MonitorHolder
+from qpostcopy.recovery import SETTLE_SECONDS
 from qpostcopy.source.server import PageServer
 from qpostcopy.source.server import Session as SourceSession
+from qpostcopy.switchover import LOAD_SECONDS
 from qpostcopy.uffd.handler import Attachment, Handler
 from qpostcopy.uffd.handler import Session as HandlerSession
 from tests.companions import MIB, CompanionProcess, Pair, connected, memfd_backends, vm_pair
@@ -192,6 +195,11 @@ def test_real_qemus_have_it_until_it_is_taken_back() -> None:
 
     with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
         asyncio.run(body(pair))
+
+
+def test_a_send_into_a_cut_link_fails_after_ours_and_before_the_source_is_given_up() -> None:
+    """The controller's limit decides; QEMU's main loop is free while there is still hope."""
+    assert LOAD_SECONDS < DEAD_PEER_MS / 1000 < LOAD_SECONDS + SETTLE_SECONDS
 
 
 def test_a_controller_waits_long_enough_to_hear_why() -> None:

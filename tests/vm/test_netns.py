@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qpostcopy.process import Process
+from qpostcopy.switchover import LOAD_SECONDS
+from qpostcopy.uffd.inject_helper import is_stopped
 from tests.networks import Link, link, namespace_named, namespace_of
 from tests.qmp.support import private_directory
 from tests.vm.bytes_case import write_runs
-from tests.vm.scene import MIB, Scene, kill, read_until_phase, status, wait_until
+from tests.vm.scene import MIB, Scene, finish_after, kill, read_until_phase, status, wait_until
 
 pytestmark = [pytest.mark.vm, pytest.mark.root]
 
@@ -72,6 +76,39 @@ def test_device_state_crosses_it_too(directory: Path, wire: Link) -> None:
         assert result["status"] == "completed", f"{result}\n{scene.logs()}"
         carried = scene.source.observer.execute("query-migrate")["ram"]["transferred"]
         assert wire.received_bytes(wire.east) > carried > 2 * result["bytes"]["wire"]
+
+
+@pytest.mark.slow
+def test_device_state_over_a_link_that_needs_longer_than_it_may_stand_still(
+    directory: Path, wire: Link
+) -> None:
+    with Scene(directory, sizes=SIZES, running=False) as scene:
+        put_apart(scene, wire)
+        wire.slow_down("120kbit")
+        result = scene.run_controller_here()
+        assert result["status"] == "completed", f"{result}\n{scene.logs()}"
+        (switchover,) = (phase for phase in result["phases"] if phase["name"] == "switchover")
+        assert switchover["duration_ms"] > 1000 * LOAD_SECONDS
+
+
+@pytest.mark.slow
+def test_a_link_that_is_cut_under_device_state(directory: Path, wire: Link) -> None:
+    """The source QEMU hangs in what it sends, and must be let go before it can run again."""
+    with Scene(directory, sizes=SIZES) as scene:
+        put_apart(scene, wire)
+        scene.fill(1)
+        wire.buffer_little()
+        viewer = scene.start_migrate(at="load_device_state:before SIGSTOP controller")
+        read = read_until_phase(viewer, "switchover")
+        controller = scene.state.state.controller
+        assert controller is not None
+        wait_until(lambda: is_stopped(controller.pid), "the controller is stopped")
+        wire.cut()
+        os.kill(controller.pid, signal.SIGCONT)
+        ended = finish_after(viewer, read)
+        assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+        assert f"link to {wire.east_address}" in ended.result["error"]["message"]
+        scene.assert_back()
 
 
 def test_a_handler_that_is_killed_comes_back_in_its_namespace(directory: Path, wire: Link) -> None:
