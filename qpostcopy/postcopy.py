@@ -223,7 +223,7 @@ async def _reconnect(migration: Migration) -> None:
     for side in (migration.source, migration.destination):
         if side.qemu_alive():
             with suppress(QpostcopyError):
-                await side.ensure(monitor=True)
+                await side.ensure(monitor=True, network=False)
 
 
 async def _detach(migration: Migration) -> None:
@@ -233,7 +233,7 @@ async def _detach(migration: Migration) -> None:
         if not (migration.directory.path / RECORD).exists():
             return  # whoever let go has removed it last: nothing of ours is in QEMU
         try:
-            await ensure_handler(migration)
+            await ensure_handler(migration, network=False)
             await current_stats(migration)
             await migration.destination.call(
                 "qpc-detach", schema.Detach(), schema.Empty, DETACH_SECONDS

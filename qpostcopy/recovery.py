@@ -115,7 +115,7 @@ async def _release_destination(migration: Migration) -> None:
     state = migration.state
     if not state.stop_sent:
         return
-    await migration.destination.ensure(monitor=True)
+    await migration.destination.ensure(monitor=True, network=False)
     if state.attach_sent:
         await migration.destination.call(
             "qpc-detach", schema.Detach(), schema.Empty, DETACH_SECONDS
@@ -169,7 +169,7 @@ async def _settle_source(migration: Migration) -> None:
     deadline = now_seconds() + SETTLE_SECONDS
     while True:
         try:
-            await migration.source.ensure()
+            await migration.source.ensure(network=False)
             problem = await _settle_once(migration)
             if not problem:
                 return
@@ -238,7 +238,7 @@ async def restore_capabilities(migration: Migration, role: Role) -> None:
 async def _restore_settings(migration: Migration, role: Role) -> None:
     """Capabilities and parameters. Failing costs a warning, not the VM."""
     try:
-        await migration.side(role).ensure(monitor=True)
+        await migration.side(role).ensure(monitor=True, network=False)
         await _take_stream_back(migration, role)
         await restore_capabilities(migration, role)
         if parameters := migration.state.side(role).parameters:
@@ -344,9 +344,12 @@ async def _ensure_page_server(migration: Migration) -> None:
         ) from error
 
 
-async def ensure_handler(migration: Migration) -> None:
-    """A living handler that holds the userfaultfd that QEMU kept open, told of the commit."""
-    started = await migration.destination.ensure()
+async def ensure_handler(migration: Migration, *, network: bool = True) -> None:
+    """A living handler that holds the userfaultfd that QEMU kept open, told of the commit.
+
+    :param network: see Side.ensure.
+    """
+    started = await migration.destination.ensure(network=network)
     if started or not await _is_attached(migration):
         policy, uffd_fd = migration.plan.profile.fault, migration.state.uffd_fd
         assert uffd_fd is not None, "committed without a userfaultfd"

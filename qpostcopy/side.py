@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from qpostcopy.environment import LOG_LEVEL_VARIABLE
-from qpostcopy.errors import QpostcopyError, StateLostError
+from qpostcopy.errors import QpostcopyError, RefusedError, StateLostError
 from qpostcopy.netns import expect_enterable, inside
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
@@ -140,12 +140,14 @@ class Side:
     def qemu(self) -> Process | None:
         return self._directory.state.side(self.role).qemu
 
-    async def ensure(self, *, monitor: bool = False) -> bool:
+    async def ensure(self, *, monitor: bool = False, network: bool = True) -> bool:
         """Be connected to a living companion. Whether a new one was started for that.
 
         On return state.json names QEMU's process.
 
         :param monitor: one that has lost its QEMU's monitor will not do.
+        :param network: it will bring up lanes. A new one that will not need not be in its network
+            namespace, if that is gone: what brings a stopped VM back needs no network.
 
         :raise CompanionStartError: it could not be started.
         :raise RefusedError: it could not get its QEMU's monitor, or into its network namespace.
@@ -156,7 +158,7 @@ class Side:
             await self.hang_up()
         if await self._connect_living(monitor):
             return False
-        await self._start()
+        await self._start(await self._namespace(network))
         return True
 
     async def execute(
@@ -296,11 +298,24 @@ class Side:
         except CannotConnectError:
             return None
 
-    async def _start(self) -> None:
-        await asyncio.to_thread(expect_enterable, self._netns)
+    async def _namespace(self, needed: bool) -> str | None:
+        """Which network namespace a companion is to be started in; None: ours.
+
+        :raise RefusedError: it is needed, and cannot be entered.
+        """
+        try:
+            await asyncio.to_thread(expect_enterable, self._netns)
+        except RefusedError as error:
+            if needed:
+                raise
+            log.warning("the %s is started outside its network namespace: %s", self.name, error)
+            return None
+        return self._netns
+
+    async def _start(self, netns: str | None) -> None:
         ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
         try:
-            self._child = self._spawn(ready_write)
+            self._child = self._spawn(ready_write, netns)
         finally:
             os.close(ready_write)
         try:
@@ -322,8 +337,8 @@ class Side:
         if hello.qemu_pid is not None and (qemu := Process.of(hello.qemu_pid)) is not None:
             self._directory.update_side(self.role, qemu=qemu)
 
-    def _spawn(self, ready_fd: int) -> subprocess.Popen[bytes]:
-        command = [*inside(self._netns), sys.executable, "-m", "qpostcopy", self.name]
+    def _spawn(self, ready_fd: int, netns: str | None) -> subprocess.Popen[bytes]:
+        command = [*inside(netns), sys.executable, "-m", "qpostcopy", self.name]
         command += ["--qmp", self._directory.state.side(self.role).qmp]
         if (pid := self.qemu.pid if self.qemu else self._plan_pid) is not None:
             command += ["--pid", str(pid)]

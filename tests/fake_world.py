@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qpostcopy.errors import OutcomeUnknownError, QpostcopyError, StateLostError
+from qpostcopy.netns import NetnsAbsentError
 from qpostcopy.process import Process
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.connection import CommandError, ConnectionLostError
@@ -68,6 +69,8 @@ class World:
         self.stream_bytes = 200_000
         self.kill_works = True
         self.was_running = running
+        #: whose network namespace is gone
+        self.without_network: set[str] = set()
         #: what hangs: a companion that lives and says nothing, until `ensure` replaces it
         self.hung: set[str] = set()
 
@@ -133,12 +136,14 @@ class FakeSide:
     async def answers(self, within_seconds: float) -> bool:
         return self.up and self.role not in self.world.hung
 
-    async def ensure(self, *, monitor: bool = False) -> bool:
+    async def ensure(self, *, monitor: bool = False, network: bool = True) -> bool:
         if self.role in self.world.hung:
             self.world.hung.discard(self.role)
             self.up = self.attached = False
         if self.up:
             return False
+        if network and self.role in self.world.without_network:
+            raise NetnsAbsentError("there is no such network namespace")
         await self._run("ensure", lambda: None)
         self.up = True
         if self.qemu is None:

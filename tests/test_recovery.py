@@ -207,6 +207,23 @@ def test_a_page_server_that_cannot_be_had_costs_a_running_source_nothing(
     assert any("keeps our migration settings" in warning for warning in run.result["warnings"])
 
 
+@pytest.mark.parametrize("step", ["open_lanes", "load_device_state"])
+def test_a_network_that_is_gone_with_its_companions_costs_no_vm(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    async def tear_down() -> None:
+        world.without_network |= {"source", "destination"}
+        for side in world.sides.values():
+            side.up = False
+        world.event("source", "companion-lost", reason="killed")
+        await asyncio.sleep(1)
+
+    replace_step(monkeypatch, step, tear_down)
+    run = migrate(start(tmp_path))
+    assert run.ended == ("rolled-back", 4, "source")
+    is_back(world)
+
+
 # --- after the commit ---------------------------------------------------------------------
 
 
@@ -246,6 +263,44 @@ def test_a_successor_that_cannot_go_on_with_the_trace(
     assert run.ended == ("completed", 0, "destination")
     assert run.result["warnings"] == ["the faults of this migration are not recorded: is cut off"]
     assert run.result["trace"] is None
+
+
+def test_nothing_is_left_in_qemu_though_the_network_is_gone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def tear_down_first(migration: Any, location: Any) -> Any:
+        world.without_network |= {"source", "destination"}
+        for side in world.sides.values():
+            side.up = side.attached = False
+        return await postcopy.complete(migration, location)
+
+    monkeypatch.setattr(controller_module, "complete", tear_down_first)
+    run = migrate(start(tmp_path))
+    assert run.ended == ("completed", 0, "destination")
+    assert run.result["warnings"] == []
+    assert not world.sides["destination"].attached
+    assert not world.source.alive
+
+
+def test_a_repair_needs_the_network(world: World, tmp_path: Path) -> None:
+    """Lanes from anywhere else would reach nobody, or the wrong one: `resume` can try again."""
+    world.placed_at_once = False
+
+    def tear_down(world: World, act: Act) -> object:
+        reply = act()
+        world.without_network.add("destination")
+        world.sides["destination"].up = False
+        world.event("destination", "companion-lost", reason="killed")
+        return reply
+
+    world.faults["destination", "cont"] = tear_down
+    directory = start(tmp_path)
+    run = migrate(directory)
+    assert run.ended == ("interrupted", 10, "destination")
+    assert "no such network namespace" in run.result["error"]["message"]
+    world.without_network.clear()
+    world.placed_at_once = True
+    assert migrate(directory, resuming=True).ended == ("completed", 0, "destination")
 
 
 @pytest.mark.parametrize("lost", ["reply", "handler"])

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from qpostcopy.lab.vm import Vm, VmSpec
+from qpostcopy.netns import NetnsAbsentError
 from qpostcopy.process import Process
 from qpostcopy.side import EventBook, Side
 from qpostcopy.state import StateDirectory
 from tests.companions import MIB, CompanionProcess, memfd_backends
+from tests.networks import namespace, namespace_named, namespace_of, remove_namespace
 from tests.qmp.support import private_directory
 
 
@@ -78,6 +80,43 @@ def test_a_companion_that_nobody_wrote_down_is_found() -> None:
                 asyncio.run(body())
             finally:
                 lost.end()
+
+
+@pytest.mark.vm
+@pytest.mark.root
+def test_without_its_network_a_companion_is_good_for_a_way_back_only() -> None:
+    with private_directory() as path, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QPOSTCOPY_RUN_DIR", str(path / "run"))
+        spec = VmSpec(memfd_backends(32 * MIB), paused=True)
+        with Vm("vm", spec, path) as vm, namespace("west") as name:
+            directory = StateDirectory.create(
+                "web1",
+                plan_text="version: 1\n",
+                profile="sequential",
+                source_qmp=vm.qmp_path,
+                destination_qmp=vm.qmp_path,
+            )
+            side = Side("source", directory, EventBook(), None, name)
+
+            async def body() -> None:
+                assert await side.ensure(network=False)
+                assert namespace_of(companion_of(directory)) == namespace_named(name)
+                remove_namespace(name)
+                await side.quit()
+                with pytest.raises(NetnsAbsentError):
+                    await side.ensure()
+                assert await side.ensure(network=False)
+                assert namespace_of(companion_of(directory)) == namespace_of(os.getpid())
+                assert (await side.query("query-status"))["status"] == "prelaunch"
+                await side.quit()
+
+            asyncio.run(body())
+
+
+def companion_of(directory: StateDirectory) -> int:
+    companion = directory.state.source.companion
+    assert companion is not None
+    return companion.pid
 
 
 @pytest.mark.vm

@@ -12,7 +12,7 @@ import pytest
 from qpostcopy.process import Process
 from qpostcopy.switchover import LOAD_SECONDS
 from qpostcopy.uffd.inject_helper import is_stopped
-from tests.networks import Link, link, namespace_named, namespace_of
+from tests.networks import Link, link, namespace_named, namespace_of, remove_namespace
 from tests.qmp.support import private_directory
 from tests.vm.bytes_case import write_runs
 from tests.vm.scene import MIB, Scene, finish_after, kill, read_until_phase, status, wait_until
@@ -108,6 +108,24 @@ def test_a_link_that_is_cut_under_device_state(directory: Path, wire: Link) -> N
         ended = finish_after(viewer, read)
         assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
         assert f"link to {wire.east_address}" in ended.result["error"]["message"]
+        scene.assert_back()
+
+
+def test_a_teardown_while_the_guest_stands_still(directory: Path, wire: Link) -> None:
+    """Namespaces and companions go at once: the guest runs on where it was."""
+    with Scene(directory, sizes=SIZES) as scene:
+        put_apart(scene, wire)
+        viewer = scene.start_migrate(at="load_device_state:before SIGSTOP controller")
+        read = read_until_phase(viewer, "switchover")
+        controller = scene.state.state.controller
+        assert controller is not None
+        wait_until(lambda: is_stopped(controller.pid), "the controller is stopped")
+        for name in (wire.west, wire.east):
+            remove_namespace(name)
+        for companion in companions(scene):
+            kill(companion)
+        os.kill(controller.pid, signal.SIGCONT)
+        assert finish_after(viewer, read).ended == ("rolled-back", 4, "source"), scene.logs()
         scene.assert_back()
 
 
