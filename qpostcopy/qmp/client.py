@@ -151,7 +151,8 @@ class EndpointClient(Connection):
         :raise OutcomeUnknownError: it was sent and no reply came.
         """
         assert (type(arguments), reply) in schema.signatures(command), f"not in schema: {command}"
-        content = arguments.model_dump(mode="json")
+        # A far side of the version before refuses a key that it does not know, even at its default.
+        content = arguments.model_dump(mode="json", exclude_defaults=True)
         raw = await self.execute(command, content, timeout_seconds)
         try:
             return reply.model_validate(raw)

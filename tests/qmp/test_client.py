@@ -51,6 +51,31 @@ def test_calls_are_typed_and_qemu_passes_through() -> None:
     run(body)
 
 
+def test_what_is_at_its_default_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`resume` after an upgrade: a handler of the version before does not know the newest keys."""
+    token = "11" * 32
+    sent: list[Mapping[str, object] | None] = []
+
+    async def keep(_: str, arguments: Mapping[str, object] | None, _seconds: float) -> object:
+        sent.append(arguments)
+        return {"port": 1}
+
+    async def body() -> None:
+        async with controller_endpoint() as (endpoint, _):
+            client = await EndpointClient.connect(endpoint.path)
+            monkeypatch.setattr(client, "execute", keep)
+            for device_state in (False, True):
+                listen = schema.Listen(
+                    host="::1", port=0, push_lanes=1, token=token, device_state=device_state
+                )
+                await client.call("qpc-listen", listen, schema.Listening)
+            await client.close()
+        before = {"host": "::1", "port": 0, "push_lanes": 1, "token": token}
+        assert sent == [before, before | {"device_state": True}]
+
+    run(body)
+
+
 def test_an_error_of_ours_comes_back_as_what_it_was() -> None:
     async def body() -> None:
         async with controller_endpoint() as (endpoint, _):
