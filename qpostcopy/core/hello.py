@@ -22,6 +22,7 @@ from qpostcopy.errors import QpostcopyError
 HELLO_HEADER_BYTES = int(lib.QPC_HELLO_HEADER_BYTES)
 #: A peer that vanished without a word is noticed after this long.
 DEAD_PEER_MS = 15_000
+HIGHEST_VERSION = int(lib.QPC_VERSION_HIGHEST)
 
 
 class HelloError(QpostcopyError):
@@ -75,8 +76,8 @@ class Judgement:
     refusal: str | None
 
 
-def greet(sock: socket.socket, hello: Hello, timeout_seconds: float) -> None:
-    """Page server's side: offer, and wait to be accepted.
+def greet(sock: socket.socket, hello: Hello, timeout_seconds: float) -> int:
+    """Page server's side: offer, and wait to be accepted. The version that both speak.
 
     :raise HelloError: refused, or not answered in time.
     """
@@ -90,9 +91,11 @@ def greet(sock: socket.socket, hello: Hello, timeout_seconds: float) -> None:
             f"the handler refused the {hello.kind.name.lower()} lane {hello.index}: "
             f"{REFUSALS[verdict]}"
         )
-    if verdict is not Verdict.ACCEPT or not _common_version(answer):
+    version = _common_version(answer)
+    if verdict is not Verdict.ACCEPT or not version:
         raise HelloError("the handler's answer to our hello makes no sense")
     sock.settimeout(None)
+    return version
 
 
 def welcome(sock: socket.socket, expected: Hello, timeout_seconds: float) -> tuple[LaneKind, int]:
@@ -189,7 +192,7 @@ def _blocks_of(hello: Any) -> tuple[RamBlock, ...]:
 def _encode(hello: Hello, verdict: Verdict) -> bytes:
     assert len(hello.blocks) <= lib.QPC_BLOCKS_MAX
     raw = ffi.new("struct qpc_hello *")
-    raw.version_lowest = _lowest(hello.kind)
+    raw.version_lowest = lowest_version(hello.kind)
     raw.version_highest = lib.QPC_VERSION_HIGHEST
     raw.status = verdict
     raw.lane_kind = hello.kind
@@ -206,8 +209,11 @@ def _encode(hello: Hello, verdict: Verdict) -> bytes:
     return bytes(ffi.buffer(out, lib.qpc_hello_encode(raw, out)))
 
 
-def _lowest(kind: LaneKind) -> int:
-    """The lowest version in which there is such a lane."""
+def lowest_version(kind: LaneKind) -> int:
+    """The lowest version in which there is such a lane.
+
+    A peer of version 1 does not get as far as that: it knows no such kind, and hangs up.
+    """
     return int(lib.QPC_VERSION_STATE if kind is LaneKind.STATE else lib.QPC_VERSION_LOWEST)
 
 

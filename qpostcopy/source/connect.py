@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import socket
 
-from qpostcopy.core import Hello, RamBlock, greet
+from qpostcopy.core import Hello, LaneKind, RamBlock, greet
+from qpostcopy.core.hello import HIGHEST_VERSION, lowest_version
 from qpostcopy.lanes import Lanes, LaneSetupError, lane_keys
 from qpostcopy.qmp.schema import Connect
 
@@ -20,13 +21,24 @@ def connect_lanes(arguments: Connect, migration_id: str, blocks: tuple[RamBlock,
     """
     token = bytes.fromhex(arguments.token)
     with contextlib.ExitStack() as undo:
-        socks = {}
+        socks, version = {}, HIGHEST_VERSION
         for kind, index in lane_keys(arguments.push_lanes, arguments.device_state):
+            _expect_known(kind, version)
             sock = socks[kind, index] = _connect(arguments.host, arguments.port)
             undo.callback(sock.close)
-            greet(sock, Hello(migration_id, token, kind, index, blocks), CONNECT_SECONDS)
+            version = greet(sock, Hello(migration_id, token, kind, index, blocks), CONNECT_SECONDS)
         undo.pop_all()
     return Lanes.of(socks)
+
+
+def _expect_known(kind: LaneKind, version: int) -> None:
+    """A handler of an older version says nothing to a lane that it does not know: it hangs up."""
+    if version < lowest_version(kind):
+        raise LaneSetupError(
+            f"the handler speaks version {version} of the lanes: it knows no "
+            f"{kind.name.lower()} lane",
+            remedy="use the same version of qpostcopy on both sides",
+        )
 
 
 def _connect(host: str, port: int) -> socket.socket:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpostcopy.core import Hello, HelloError, LaneKind, RamBlock, greet, welcome
-from qpostcopy.core.hello import HELLO_HEADER_BYTES, judge_offer
+from qpostcopy.core.hello import HELLO_HEADER_BYTES, HIGHEST_VERSION, judge_offer
 
 HELLO = Hello(
     "web1-20261123T101500",
@@ -49,7 +49,7 @@ def meet(offer: Hello, expected: Hello) -> tuple[object, object]:
 
 
 def test_the_right_peer_is_accepted() -> None:
-    assert meet(HELLO, HELLO) == (None, (LaneKind.PUSH, 3))
+    assert meet(HELLO, HELLO) == (HIGHEST_VERSION, (LaneKind.PUSH, 3))
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_a_page_server_of_the_version_before_is_accepted() -> None:
 
 def test_a_state_lane_is_of_version_2() -> None:
     state = replace(HELLO, kind=LaneKind.STATE, index=0)
-    assert meet(state, HELLO) == (None, (LaneKind.STATE, 0))
+    assert meet(state, HELLO) == (HIGHEST_VERSION, (LaneKind.STATE, 0))
     offer = offer_of(state)
-    assert offer == speaking(offer, 2, 2), "a peer of version 1 says that it speaks others"
+    assert offer == speaking(offer, 2, 2), "there is none in version 1"
     with pytest.raises(HelloError, match="a state lane of a version without"):
         judge_offer(speaking(offer, 1, 2), HELLO)
 
