@@ -8,7 +8,10 @@ concluded from rights and files but tried.
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from qpostcopy.errors import RefusedError
@@ -16,6 +19,8 @@ from qpostcopy.errors import RefusedError
 #: Where ip-netns(8) keeps them: a mount for each.
 DIRECTORY = Path("/run/netns")
 _TRY_SECONDS = 5.0
+#: What a namespace without this address, or without a way to it, says.
+_NO_NETWORK = frozenset({errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH})
 
 
 class NetnsAbsentError(RefusedError):
@@ -50,6 +55,28 @@ def expect_enterable(name: str | None) -> None:
             remedy="run qpostcopy as root (CAP_SYS_ADMIN), with nsenter (Debian: util-linux) in "
             f"PATH; if it is no namespace: ip netns delete {name}, and add it again",
         )
+
+
+def namespace_name() -> str | None:
+    """Of the network namespace that we are in; None: it has no name that can be seen."""
+    ours = Path("/proc/self/ns/net").stat()
+    with suppress(OSError):
+        for place in DIRECTORY.iterdir():
+            with suppress(OSError):
+                if os.path.samestat(place.stat(), ours):
+                    return place.name
+    return None
+
+
+def hint(error: OSError) -> str:
+    """To be added to a remedy: what to see to in the namespace that we are in; often nothing."""
+    name = namespace_name() if error.errno in _NO_NETWORK else None
+    if name is None:
+        return ""
+    return (
+        f"; see what the network namespace {name} has (`ip -n {name} address`): the loopback of a "
+        f"new one is down until `ip -n {name} link set lo up`"
+    )
 
 
 def _try(name: str) -> str:

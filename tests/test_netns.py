@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from qpostcopy import netns
 from qpostcopy.errors import ExitCode
-from qpostcopy.netns import NetnsAbsentError, NetnsClosedError, expect_enterable, inside
+from qpostcopy.netns import NetnsAbsentError, NetnsClosedError, expect_enterable, hint, inside
 from tests.networks import namespace, namespace_named, namespace_of
 
 
@@ -57,6 +58,21 @@ def test_a_command_in_there_keeps_its_pid() -> None:
         assert int(said.stdout.readline()) == said.pid
         assert namespace_of(said.pid) == namespace_named(name)
         said.communicate()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.ENETUNREACH])
+def test_an_address_that_is_not_there_is_explained(number: int) -> None:
+    ask = "import sys; from qpostcopy.netns import hint; print(hint(OSError(int(sys.argv[1]), '')))"
+    with namespace("west") as name, namespace("east"):
+        command = [*inside(name), sys.executable, "-c", ask, str(number)]
+        assert f"`ip -n {name} link set lo up`" in subprocess.check_output(command, text=True)
+
+
+def test_other_trouble_is_not_the_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netns, "namespace_name", lambda: "west")
+    assert hint(OSError(errno.EADDRINUSE, "")) == ""
+    assert "west" in hint(OSError(errno.EADDRNOTAVAIL, ""))
 
 
 @pytest.mark.root

@@ -8,6 +8,7 @@ import socket
 from qpostcopy.core import Hello, LaneKind, RamBlock, greet
 from qpostcopy.core.hello import HIGHEST_VERSION, lowest_version
 from qpostcopy.lanes import Lanes, LaneSetupError, lane_keys
+from qpostcopy.netns import hint
 from qpostcopy.qmp.schema import Connect
 
 CONNECT_SECONDS = 4.0
@@ -47,5 +48,6 @@ def _connect(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise LaneSetupError(
             f"cannot connect a lane to {host} port {port}: {error.strerror or error}",
-            remedy="the destination must be reachable there: lanes.listen, lanes.port, firewall",
+            remedy="the destination must be reachable there: lanes.listen, lanes.port, firewall"
+            + hint(error),
         ) from error

@@ -22,6 +22,7 @@ from qpostcopy.core.hello import (
     prepare_lane,
 )
 from qpostcopy.lanes import LaneKey, Lanes, LaneSetupError, lane_keys
+from qpostcopy.netns import hint
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class LaneListener:
         except OSError as error:
             raise LaneSetupError(
                 f"cannot listen for lanes on {host} port {port}: {error.strerror or error}",
-                remedy="set lanes.listen and lanes.port to a free address of the destination",
+                remedy="set lanes.listen and lanes.port to a free address of the destination"
+                + hint(error),
             ) from error
         self._listener.setblocking(False)
         self._go_on_accepting()

@@ -12,7 +12,15 @@ import pytest
 from qpostcopy.process import Process
 from qpostcopy.switchover import LOAD_SECONDS
 from qpostcopy.uffd.inject_helper import is_stopped
-from tests.networks import Link, link, namespace_named, namespace_of, remove_namespace
+from tests.networks import (
+    Link,
+    ip,
+    link,
+    namespace,
+    namespace_named,
+    namespace_of,
+    remove_namespace,
+)
 from tests.qmp.support import private_directory
 from tests.vm.bytes_case import write_runs
 from tests.vm.scene import MIB, Scene, finish_after, kill, read_until_phase, status, wait_until
@@ -76,6 +84,21 @@ def test_device_state_crosses_it_too(directory: Path, wire: Link) -> None:
         assert result["status"] == "completed", f"{result}\n{scene.logs()}"
         carried = scene.source.observer.execute("query-migrate")["ram"]["transferred"]
         assert wire.received_bytes(wire.east) > carried > 2 * result["bytes"]["wire"]
+
+
+def test_a_loopback_that_is_down(directory: Path) -> None:
+    """As each new namespace has it; whoever sees the message learns whose, and the way out."""
+    with namespace("alone") as name, Scene(directory, sizes=SIZES) as scene:
+        text = scene.plan.read_text()
+        for vm in (scene.source, scene.destination):
+            text = text.replace(f"qmp: {vm.qmp_path}", f"qmp: {vm.qmp_path}, netns: {name}")
+        scene.plan.write_text(text)
+        ended = scene.migrate()
+        assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
+        assert "127.0.0.1" in ended.result["error"]["message"]
+        assert f"ip -n {name} link set lo up" in ended.result["error"]["remedy"]
+        ip("-n", name, "link", "set", "lo", "up")
+        assert scene.migrate().ended == ("completed", 0, "destination"), scene.logs()
 
 
 @pytest.mark.slow
