@@ -32,11 +32,11 @@ class BookFile:
     """A book and its file.
 
     :param directory: made if need be.
-    :raise BookError: what is there cannot be read.
+    :raise BookError: what is there cannot be read, or the directory cannot be made.
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        _make(directory)
         self.directory = directory
         self.path = directory / FILE
         self.book = read_book(self.path) if self.path.exists() else Book()
@@ -72,6 +72,15 @@ class BookFile:
             file.flush()
             os.fsync(file.fileno())
         new.replace(self.path)
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BookError(
+            f"{directory}: {error.strerror}", remedy="give another directory with --output"
+        ) from error
 
 
 def read_book(path: Path) -> Book:
