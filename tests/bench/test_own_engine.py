@@ -17,13 +17,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qpostcopy.bench import own_engine
+from qpostcopy.bench import own_engine, stage
 from qpostcopy.bench.book import FILE, read_book
 from qpostcopy.bench.engine import NotMovedError
+from qpostcopy.bench.link import open_link
+from qpostcopy.bench.model import Link, Outcome
 from qpostcopy.bench.own_engine import mean_us
 from qpostcopy.core._core import lib
 from qpostcopy.errors import ExitCode
 from qpostcopy.lab.leftovers import processes_naming
+from qpostcopy.state import StateDirectory
 from tests.vm.scene import wait_until
 
 # --- the mean of a histogram ---------------------------------------------------------------
@@ -183,7 +186,9 @@ class Bench:
     def clear_away(self) -> None:
         """What a failed test left of it."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        assert self.process.stderr
+        self.process.stderr.close()
         for line in self.processes():
             os.kill(int(line.split()[0]), signal.SIGKILL)
 
@@ -221,3 +226,40 @@ def test_an_interrupted_run_leaves_nothing(
     assert "Traceback" not in told
     assert read_book(tmp_path / FILE).runs == ()
     assert bench.left() == []
+
+
+@pytest.mark.root
+@pytest.mark.vm
+@pytest.mark.slow
+def test_a_move_that_broke_off_is_booked_and_leaves_nothing(bench: Bench, tmp_path: Path) -> None:
+    """Command and controller die: the companions wait for a `resume` that does not come."""
+    wait_until(bench.has_committed, "committed", _BOOT_SECONDS)
+    state = StateDirectory.open(bench.states("committed")[0].parent).state
+    assert state.controller
+    (command,) = (line for line in bench.processes() if " migrate " in line)
+    for pid in (int(command.split()[0]), state.controller.pid):
+        os.kill(pid, signal.SIGKILL)
+    _, told = bench.process.communicate(timeout=_END_SECONDS)
+    assert bench.process.returncode == ExitCode.COMPLETED, told
+    (run,) = read_book(tmp_path / FILE).runs
+    assert run.outcome is Outcome.FAILED
+    assert run.reason
+    assert "`qpostcopy migrate` ended with -9 and without a result" in run.reason
+    # What happened can be looked into.
+    assert list((tmp_path / "failures").glob("*/run/*/state.json"))
+    assert bench.left() == []
+
+
+@pytest.mark.root
+@pytest.mark.vm
+@pytest.mark.slow
+def test_what_a_killed_benchmark_leaves_the_next_one_removes(bench: Bench) -> None:
+    wait_until(bench.has_committed, "committed", _BOOT_SECONDS)
+    bench.process.kill()
+    bench.process.wait()
+    # QEMUs end with who started them, and companions with their QEMU.
+    wait_until(lambda: not bench.processes(), "all have ended", _END_SECONDS)
+    assert bench.left()
+    stage._sweep()
+    with open_link(Link.LOOPBACK):
+        assert bench.left() == []
