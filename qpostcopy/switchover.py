@@ -312,6 +312,7 @@ async def start_push(migration: Migration) -> None:
     A controller that dies before this, or fails: whoever repairs opens lanes that push at once.
     """
     await migration.source.call("qpc-push", schema.Push(), schema.Empty, COMMAND_SECONDS)
+    migration.directory.note(served_seconds=now_seconds())
 
 
 def note_resumed(migration: Migration, mark: int) -> None:

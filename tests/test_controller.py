@@ -93,6 +93,14 @@ def test_the_commands_come_in_the_order_that_makes_it_safe(world: World, tmp_pat
     assert [entry for entry in world.log if entry in wanted] == wanted
 
 
+def test_the_rate_of_the_push_counts_from_its_start(world: World, tmp_path: Path) -> None:
+    """On a slow link the load of device state takes long, and no page is pushed meanwhile."""
+    state = migrate(start(tmp_path)).directory.state
+    assert state.served_seconds is not None
+    assert state.resumed_seconds is not None
+    assert state.served_seconds > state.resumed_seconds
+
+
 def test_keep_leaves_the_source_paused(world: World, tmp_path: Path) -> None:
     assert migrate(start(tmp_path, after="keep")).ended == ("completed", 0, "destination")
     assert world.source.alive
