@@ -128,6 +128,7 @@ def cli(
     machine and QEMUs, counts: an interrupted benchmark goes on where it was.
     """
     if context.invoked_subcommand:
+        _expect_no_options(context)
         return
     scope = _QUICK if quick else _DEFAULT
     found = find_qemus(qemus)
@@ -147,6 +148,17 @@ def cli(
         _tell(f"interrupted; with --output {file.directory} the same command goes on from here")
         raise
     _show(file.book, file.directory)
+
+
+def _expect_no_options(context: click.Context) -> None:
+    """What is said of the whole benchmark means nothing to one of its commands."""
+    given = click.core.ParameterSource.COMMANDLINE
+    for parameter in context.command.params:
+        if context.get_parameter_source(str(parameter.name)) is given:
+            verb = context.invoked_subcommand
+            raise click.UsageError(
+                f"{parameter.opts[0]} is no option of {verb}; see scripts/bench {verb} --help"
+            )
 
 
 @cli.command()

@@ -295,3 +295,12 @@ def test_limits_are_measured_over_each_link(
         f"{link}:" for link in chosen
     ]
     assert "3.00 GiB/s" in told
+
+
+@pytest.mark.parametrize("words", [["--quick", "report"], ["--link", "1gbit", "limits"]])
+def test_what_is_said_of_the_whole_is_no_option_of_a_command(
+    words: list[str], capsys: Captured
+) -> None:
+    assert cli.run(words) == 2
+    verb = words[-1]
+    assert f"{words[0]} is no option of {verb}" in capsys.readouterr().err
