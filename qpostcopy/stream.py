@@ -10,9 +10,8 @@ other, and its port would be open to anybody, while a lane is opened with the
 migration's token only. A descriptor knows no paths and no addresses. QEMU forgets
 its name at `migrate` and `migrate-incoming`; before that, `closefd` takes it back.
 Once it is lent it is QEMU's alone: nobody else reads or writes, and not a byte
-after the hello was read before. The page server keeps a copy of its end to see
-what has crossed (QEMU does not answer while it sends the last of its state). The
-handler keeps none: a destination QEMU that dies must end the connection.
+after the hello was read before. No copy of ours stays open, on either side: a
+QEMU that dies must end the connection.
 
 prepare_lane has set TCP_USER_TIMEOUT: a source QEMU that sends into a cut link
 holds its main loop until the send fails, and cannot be brought back before.
@@ -21,7 +20,6 @@ holds its main loop until the send fails, and cannot be brought back before.
 from __future__ import annotations
 
 import socket
-import struct
 
 from qpostcopy.errors import QpostcopyError
 from qpostcopy.lanes import Lanes
@@ -34,8 +32,6 @@ URI = f"fd:{NAME}"
 #: For lanes that are under way. With LEND_SECONDS within what a controller waits for a reply: it
 #: should hear why.
 LANES_SECONDS = 2.0
-#: struct tcp_info (linux/tcp.h): tcpi_bytes_acked, since Linux 4.1.
-_BYTES_ACKED = struct.Struct("=120xQ")
 
 
 class NoStreamError(QpostcopyError):
@@ -60,9 +56,3 @@ async def lend(end: socket.socket, monitor: MonitorHolder) -> None:
     """
     end.setblocking(True)  # as QEMU's own are; the mode belongs to the socket, not to us
     await monitor.lend(end.fileno(), NAME)
-
-
-def crossed_bytes(end: socket.socket) -> int:
-    """How much of what was written to it has arrived at the other side's host."""
-    info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
-    return int(_BYTES_ACKED.unpack(info)[0])

@@ -24,7 +24,6 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from contextlib import suppress
 
 from qpostcopy import stream
 from qpostcopy.errors import OutcomeUnknownError, QpostcopyError
@@ -47,9 +46,14 @@ from qpostcopy.sidechecks import BACKEND_REMEDY
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 30.0
-#: Without a byte of device state that arrives.
+#: For the load itself; what crosses the link before has its own time, by load_seconds.
 LOAD_SECONDS = 10.0
-_LOOKS = 20
+#: The guest stands still meanwhile: then it is better off at the source.
+LOAD_MOST_SECONDS = 60.0
+#: Half a megabit a second: a link that does not carry even that serves no page faults either.
+SLOWEST_LINK_BYTES_PER_SECOND = 64 << 10
+#: Roughly what QEMU sends besides blocks of RAM (design: 0.2 MB).
+DEVICE_STATE_BYTES = 256 << 10
 #: A source that has not stopped by then is asked what it sends.
 LOOK_SECONDS = 1.0
 #: The guest stands still meanwhile; a handler that takes longer is better replaced.
@@ -166,41 +170,50 @@ async def serve_pages(migration: Migration, *, push: bool) -> None:
 
 
 async def load_device_state(migration: Migration) -> None:
-    """`migrate-continue`, until both say `completed`. The source's word alone means nothing."""
+    """`migrate-continue`, until both say `completed`. The source's word alone means nothing.
+
+    What the source is about to send is asked before: RAM in its stream (design: trap 1) must be
+    refused before the guest stands still for the whole of it.
+    """
+    sending = await migration.source.query("query-migrate", QUERY_SECONDS)
+    _check_stream(migration, sending)
     mark = migration.book.mark
     await migration.source.execute("migrate-continue", {"state": "pre-switchover"}, COMMAND_SECONDS)
-    for role in ("source", "destination"):
-        await _wait_while_it_flows(migration, role, mark)
+    await _wait_until_loaded(migration, mark, load_seconds(_remaining_bytes(sending)))
 
 
-async def _wait_while_it_flows(migration: Migration, role: Role, mark: int) -> None:
-    """That side's `completed`; a slow link has all the time that it needs, a dead one has not."""
-    crossed_bytes, deadline = 0, now_seconds() + LOAD_SECONDS
-    while now_seconds() < deadline:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LOAD_SECONDS / _LOOKS):
-                await migration.book.wait(lambda seen: seen.migration(role, "completed"), mark)
-            return
-        if (now_crossed_bytes := await _crossed_bytes(migration)) > crossed_bytes:
-            crossed_bytes, deadline = now_crossed_bytes, now_seconds() + LOAD_SECONDS
-    address = migration.plan.lanes.listen
-    raise TroubleError(
-        TIMEOUT_CODE,
-        f"the {role}'s completed did not come, and for {LOAD_SECONDS:g} s no device state crossed "
-        f"the link to {address} ({crossed_bytes} bytes did before)",
-        remedy=f"see that {address} (lanes.listen) is within reach of the source, and what the "
-        "destination QEMU says on its stderr",
-    )
+def load_seconds(remaining_bytes: int) -> float:
+    """How long the load may take.
+
+    :param remaining_bytes: of QEMU's unshared blocks, which its stream carries.
+    """
+    crossing = (remaining_bytes + DEVICE_STATE_BYTES) / SLOWEST_LINK_BYTES_PER_SECOND
+    return min(LOAD_MOST_SECONDS, LOAD_SECONDS + crossing)
 
 
-async def _crossed_bytes(migration: Migration) -> int:
-    """Of device state, by the page server: the source QEMU does not answer while it sends."""
-    with suppress(QpostcopyError):
-        stats = await migration.source.call(
-            "qpc-stats", schema.Empty(), schema.SourceStats, QUERY_SECONDS
-        )
-        return stats.device_state_bytes
-    return 0
+def _remaining_bytes(moved: dict[str, object]) -> int:
+    ram = moved.get("ram")
+    remaining = ram.get("remaining") if isinstance(ram, dict) else None
+    return remaining if isinstance(remaining, int) else 0
+
+
+async def _wait_until_loaded(migration: Migration, mark: int, within_seconds: float) -> None:
+    """Both sides' `completed`, under one deadline: the guest stands still."""
+    role: Role = "source"
+    try:
+        async with asyncio.timeout(within_seconds):
+            await migration.book.wait(lambda seen: seen.migration("source", "completed"), mark)
+            role = "destination"
+            await migration.book.wait(lambda seen: seen.migration("destination", "completed"), mark)
+    except TimeoutError as error:
+        address = migration.plan.lanes.listen
+        raise TroubleError(
+            TIMEOUT_CODE,
+            f"the {role}'s completed did not come within {within_seconds:g} s: device state did "
+            f"not get through the link to {address}, or was not loaded",
+            remedy=f"see that {address} (lanes.listen) is within reach of the source, and what the "
+            "destination QEMU says on its stderr",
+        ) from error
 
 
 async def confirm(migration: Migration) -> None:

@@ -49,6 +49,7 @@ def make_miniature(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("qpostcopy.prepare.judge", lambda *_: [])
     monkeypatch.setattr("qpostcopy.prepare.remark", lambda *_: [])
     monkeypatch.setattr(switchover, "LOAD_SECONDS", 0.2)
+    monkeypatch.setattr(switchover, "SLOWEST_LINK_BYTES_PER_SECOND", 1 << 30)
     monkeypatch.setattr(switchover, "STOP_SECONDS", 0.2)
     monkeypatch.setattr(recovery, "SETTLE_SECONDS", 0.5)
     monkeypatch.setattr(postcopy, "_BACKOFF_SECONDS", 0.001)

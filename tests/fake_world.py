@@ -66,7 +66,9 @@ class World:
         self.faults: dict[tuple[str, str], Callable[[World, Callable[[], Any]], Any]] = {}
         self.sides: dict[str, FakeSide] = {}
         self.placed_at_once = True
-        self.stream_bytes = 200_000
+        #: RAM in QEMU's own stream: by the source before it sends the last of it, and after
+        self.announced_bytes = self.stream_bytes = 200_000
+        self.remaining_bytes = 0
         self.kill_works = True
         self.was_running = running
         #: whose network namespace is gone
@@ -212,8 +214,11 @@ class FakeSide:
         return {"status": qemu.status, "running": qemu.running}
 
     def do_query_migrate(self, _: Mapping[str, Any]) -> object:
-        qemu = self.world.qemu(self.role)
-        return {"status": qemu.migration, "ram": {"total": self.world.stream_bytes}}
+        world, qemu = self.world, self.world.qemu(self.role)
+        if qemu.migration == "completed":
+            return {"status": "completed", "ram": {"total": world.stream_bytes}}
+        ram = {"total": world.announced_bytes, "remaining": world.remaining_bytes}
+        return {"status": qemu.migration, "ram": ram}
 
     def do_query_migrate_capabilities(self, _: Mapping[str, Any]) -> object:
         states = self.world.qemu(self.role).capabilities
@@ -338,17 +343,11 @@ class FakeSide:
         return schema.Empty()
 
     def do_qpc_stats(self, _: Mapping[str, Any]) -> object:
-        if self.role == "source":
-            return self._source_stats()
         if not self.attached:
             raise QpostcopyError("not attached")
         counters: dict[str, Any] = dict.fromkeys(schema.HandlerStats.model_fields, 0)
         counters |= {"total_pages": 256, "remaining_pages": 0 if self.world.placed_at_once else 9}
         return schema.HandlerStats(**counters | {"faults": schema.FaultStats()})
-
-    def _source_stats(self) -> schema.SourceStats:
-        counters: dict[str, Any] = dict.fromkeys(schema.SourceStats.model_fields, 0)
-        return schema.SourceStats(**counters | {"push_done": False})
 
 
 class FakeProcess:

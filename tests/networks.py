@@ -47,12 +47,6 @@ class Link:
         (told,) = json.loads(ip("-n", name, "-s", "-j", "link", "show", "wire"))
         return int(told["stats64"]["rx"]["bytes"])
 
-    def slow_down(self, rate: str) -> None:
-        """From west to east; a rate as tc(8) has it."""
-        shape = ("root", "tbf", "rate", rate, "burst", "5kb", "latency", "300ms")
-        command = ["tc", "-n", self.west, "qdisc", "add", "dev", "wire", *shape]
-        subprocess.run(command, check=True)
-
     def buffer_little(self) -> None:
         """What the west sends from now on is hardly more than what is under way."""
         little = "net.ipv4.tcp_wmem=4096 8192 16384"

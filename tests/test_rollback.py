@@ -146,23 +146,47 @@ def test_a_destination_that_hangs_while_loading(world: World, tmp_path: Path) ->
 
 
 def test_a_slow_link_has_its_time(world: World, tmp_path: Path) -> None:
-    """Three times as long as it may stand still, for it does not."""
-    crossed_bytes = [0]
+    """By what is to cross it: more than the load itself may take."""
 
-    def source_only(world: World, act: Act) -> object:
+    def source_first(world: World, act: Act) -> object:
         world.source.migration, world.source.status = "completed", "postmigrate"
         world.event("source", "MIGRATION", status="completed")
+        late_seconds = 2 * switchover.LOAD_SECONDS
+        asyncio.get_running_loop().call_later(late_seconds, world.sides["destination"].load)
         return {}
 
-    def crossing(world: World, act: Act) -> object:
-        crossed_bytes[0] += 1
-        if crossed_bytes[0] == 3 * switchover._LOOKS:
-            world.sides["destination"].load()
-        return act().model_copy(update={"device_state_bytes": crossed_bytes[0]})
-
-    world.faults["source", "migrate-continue"] = source_only
-    world.faults["source", "qpc-stats"] = crossing
+    world.faults["source", "migrate-continue"] = source_first
+    world.remaining_bytes = 10 * switchover.SLOWEST_LINK_BYTES_PER_SECOND
     assert migrate(start(tmp_path)).ended == ("completed", 0, "destination")
+
+
+def test_both_sides_load_under_one_deadline(world: World, tmp_path: Path) -> None:
+    """A source that has used it up leaves the destination none."""
+
+    def source_late(world: World, act: Act) -> object:
+        def complete() -> None:
+            world.source.migration, world.source.status = "completed", "postmigrate"
+            world.event("source", "MIGRATION", status="completed")
+
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.7 * switchover.LOAD_SECONDS, complete)
+        loop.call_later(1.4 * switchover.LOAD_SECONDS, world.sides["destination"].load)
+        return {}
+
+    world.faults["source", "migrate-continue"] = source_late
+    run = migrate(start(tmp_path))
+    assert run.ended == ("rolled-back", 4, "source")
+    assert run.result["error"]["code"] == "switchover-timeout"
+
+
+def test_ram_in_the_stream_is_refused_before_it_is_sent(world: World, tmp_path: Path) -> None:
+    """Its transfer would be downtime."""
+    world.announced_bytes = 1 << 30
+    run = migrate(start(tmp_path))
+    assert run.ended == ("rolled-back", 4, "source")
+    assert run.result["error"]["code"] == "ram-in-stream"
+    assert world.got("source", "migrate-continue") == 0
+    is_back(world)
 
 
 def test_the_sources_completed_alone_means_nothing(world: World, tmp_path: Path) -> None:

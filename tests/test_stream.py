@@ -22,7 +22,7 @@ from qpostcopy.qmp.holder import LEND_SECONDS, MonitorHolder
 from qpostcopy.recovery import SETTLE_SECONDS
 from qpostcopy.source.server import PageServer
 from qpostcopy.source.server import Session as SourceSession
-from qpostcopy.switchover import LOAD_SECONDS
+from qpostcopy.switchover import load_seconds
 from qpostcopy.uffd.handler import Attachment, Handler
 from qpostcopy.uffd.handler import Session as HandlerSession
 from tests.companions import MIB, CompanionProcess, Pair, connected, memfd_backends, vm_pair
@@ -87,20 +87,6 @@ def test_lanes_without_one() -> None:
     lanes.close()
 
 
-def test_what_has_crossed_is_counted() -> None:
-    """By the kernel, whoever wrote it, and whether or not anybody has read it yet."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as server,
-        socket.create_connection(server.getsockname()) as near,
-        server.accept()[0] as far,
-    ):
-        before_bytes = stream.crossed_bytes(near)
-        os.write(near.fileno(), bytes(5000))
-        far.sendall(b"x")
-        assert near.recv(1) == b"x", "and with it came what it acknowledges"
-        assert stream.crossed_bytes(near) == before_bytes + 5000
-
-
 # --- by the companions ----------------------------------------------------------------------
 
 
@@ -139,9 +125,9 @@ def test_two_calls_at_once(kind: type[Handler | PageServer], tmp_path: Path) -> 
         os.write(copy, b"state")
         assert theirs.recv(9) == b"state"
         os.close(copy)
+        theirs.settimeout(10)
+        assert theirs.recv(1) == b"", "with QEMU's own its last copy is closed"
         theirs.close()
-        if isinstance(companion, PageServer):
-            await companion._end_session()
 
     run(body)
 
@@ -197,9 +183,9 @@ def test_real_qemus_have_it_until_it_is_taken_back() -> None:
         asyncio.run(body(pair))
 
 
-def test_a_send_into_a_cut_link_fails_after_ours_and_before_the_source_is_given_up() -> None:
-    """The controller's limit decides; QEMU's main loop is free while there is still hope."""
-    assert LOAD_SECONDS < DEAD_PEER_MS / 1000 < LOAD_SECONDS + SETTLE_SECONDS
+def test_a_send_into_a_cut_link_fails_before_the_source_is_given_up() -> None:
+    """QEMU's main loop is free while there is still hope."""
+    assert DEAD_PEER_MS / 1000 < load_seconds(0) + SETTLE_SECONDS
 
 
 def test_a_controller_waits_long_enough_to_hear_why() -> None:

@@ -36,6 +36,13 @@ def test_the_handler_serves_before_the_device_state_is_loaded() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("remaining_bytes", "seconds"), [(0, 14.0), (64 << 10, 15.0), (1 << 20, 30.0), (1 << 30, 60.0)]
+)
+def test_how_long_the_load_may_take(remaining_bytes: int, seconds: float) -> None:
+    assert switchover.load_seconds(remaining_bytes) == seconds
+
+
 def test_the_destination_is_held_before_anything_can_start_it() -> None:
     order = names((*PREPARE, *SWITCHOVER))
     assert order.index("judge_both_sides") < order.index("hold_destination")

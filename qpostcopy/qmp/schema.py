@@ -161,7 +161,6 @@ class SourceStats(Model):
     zero_pages: Count
     wire_bytes: Count
     push_done: bool
-    device_state_bytes: Count = Field(0, description="of QEMU's own stream, arrived at the other")
 
 
 # --- commands of both companions ----------------------------------------------------------

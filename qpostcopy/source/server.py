@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -62,24 +61,16 @@ class Ram:
 class Session:
     """One session of lanes, from `qpc-connect` on.
 
-    :ivar device_state: our copy of what QEMU was lent, to look at only.
     :ivar push_held: it serves, and its push waits for `qpc-push`.
     :ivar pushing: the push loops that are not done yet, begun or not.
     """
 
     lanes: Lanes
     threads: LaneThreads
-    device_state: socket.socket | None = None
     serving: bool = False
     push_held: bool = False
     reported: bool = False
     pushing: set[str] = field(default_factory=set)
-
-    def close(self) -> None:
-        """After its threads were joined."""
-        self.lanes.close()
-        if self.device_state is not None:
-            self.device_state.close()
 
 
 class PageServer(Companion):
@@ -146,11 +137,8 @@ class PageServer(Companion):
             session = self._session
             if session is None:
                 raise WrongStateError("qpc-state-lend needs lanes: qpc-connect first")
-            with contextlib.ExitStack() as undo:
-                end = undo.enter_context(stream.take_end(session.lanes))
+            with stream.take_end(session.lanes) as end:
                 await stream.lend(end, self.monitor)
-                undo.pop_all()
-            session.device_state = end
         return schema.Empty()
 
     async def qpc_serve(self, arguments: schema.ServePages) -> schema.Empty:
@@ -186,9 +174,7 @@ class PageServer(Companion):
     async def qpc_stats(self, _: schema.Empty) -> schema.SourceStats:
         if self._core is None:
             raise WrongStateError("qpc-stats: this page server has nothing to count yet")
-        state = self._session.device_state if self._session is not None else None
-        crossed_bytes = stream.crossed_bytes(state) if state is not None else 0
-        return schema.SourceStats(**asdict(self._core.stats()), device_state_bytes=crossed_bytes)
+        return schema.SourceStats(**asdict(self._core.stats()))
 
     # --- the source's RAM ---------------------------------------------------------------------
 
@@ -271,7 +257,7 @@ class PageServer(Companion):
         self._stop_core()
         if session is not None:
             await session.threads.join()
-            session.close()
+            session.lanes.close()
         if self._core is not None:
             await in_thread(self._core.reset)
 

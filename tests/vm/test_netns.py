@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from qpostcopy.process import Process
-from qpostcopy.switchover import LOAD_SECONDS
 from qpostcopy.uffd.inject_helper import is_stopped
 from tests.networks import (
     Link,
@@ -102,19 +101,6 @@ def test_a_loopback_that_is_down(directory: Path) -> None:
 
 
 @pytest.mark.slow
-def test_device_state_over_a_link_that_needs_longer_than_it_may_stand_still(
-    directory: Path, wire: Link
-) -> None:
-    with Scene(directory, sizes=SIZES, running=False) as scene:
-        put_apart(scene, wire)
-        wire.slow_down("120kbit")
-        result = scene.run_controller_here()
-        assert result["status"] == "completed", f"{result}\n{scene.logs()}"
-        (switchover,) = (phase for phase in result["phases"] if phase["name"] == "switchover")
-        assert switchover["duration_ms"] > 1000 * LOAD_SECONDS
-
-
-@pytest.mark.slow
 def test_a_link_that_is_cut_under_device_state(directory: Path, wire: Link) -> None:
     """The source QEMU hangs in what it sends, and must be let go before it can run again."""
     with Scene(directory, sizes=SIZES) as scene:
@@ -130,7 +116,9 @@ def test_a_link_that_is_cut_under_device_state(directory: Path, wire: Link) -> N
         os.kill(controller.pid, signal.SIGCONT)
         ended = finish_after(viewer, read)
         assert ended.ended == ("rolled-back", 4, "source"), scene.logs()
-        assert f"link to {wire.east_address}" in ended.result["error"]["message"]
+        # Whichever is first: our deadline, or the end of QEMU's own patience with the link.
+        codes = {"switchover-timeout", "migration-failed"}
+        assert ended.result["error"]["code"] in codes, ended.result
         scene.assert_back()
 
 
