@@ -215,6 +215,10 @@ class Companion:
         """Before what cannot do without it; a monitor that is late gets its chance."""
         await self.monitor.wait(FIRST_ANSWER_SECONDS)
 
+    def _is_committed(self) -> bool:
+        """The controller's record of the commit: after it, the guest is the destination's."""
+        return (self.options.state_dir / "committed").exists()
+
     def spawn(self, task: asyncio.Task[None]) -> None:
         """Keep a background task until it ends, or the companion does."""
         self._tasks.add(task)

@@ -322,7 +322,8 @@ async def send_cont(migration: Migration) -> None:
 async def start_push(migration: Migration) -> None:
     """The rest of the pages begins to flow. Not before `cont`, which waits for nobody.
 
-    A controller that dies before this, or fails: whoever repairs opens lanes that push at once.
+    If a controller dies before this, the page server begins by itself (schema.Push); if this
+    fails, whoever repairs opens lanes that push at once.
     """
     await migration.source.call("qpc-push", schema.Push(), schema.Empty, COMMAND_SECONDS)
     migration.directory.note(served_seconds=now_seconds())

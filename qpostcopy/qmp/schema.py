@@ -294,11 +294,15 @@ class Prepared(Model):
 class ServePages(Model):
     """`qpc-serve` (page server): the source is stopped; answer and push from now on."""
 
-    push: bool = Field(True, description="false: only answer, until qpc-push")
+    push: bool = Field(True, description="false: only answer, until qpc-push or after the commit")
 
 
 class Push(Model):
-    """`qpc-push`: begin the push that `qpc-serve` was told to leave for later."""
+    """`qpc-push`: begin the push that `qpc-serve` was told to leave for later, unless it has.
+
+    If it does not come, the push begins by itself some seconds after the commit was recorded:
+    the guest must not stay without its pages because a controller died.
+    """
 
 
 # --- controller ---------------------------------------------------------------------------

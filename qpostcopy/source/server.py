@@ -16,6 +16,7 @@ import logging
 import os
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -40,6 +41,10 @@ from qpostcopy.source.schedule import compile_schedule
 log = logging.getLogger(__name__)
 
 HAVE_MS = 4000
+#: While the push is held: how often the state directory is looked at for the commit.
+COMMIT_LOOK_SECONDS = 0.5
+#: From the commit seen to a push that nobody asked for; `cont` and qpc-push take milliseconds.
+PUSH_BY_ITSELF_SECONDS = 2.0
 _STATUS_SECONDS = 3.0
 #: Run states in which no vCPU runs and no device writes to RAM.
 _STOPPED = frozenset({"postmigrate", "finish-migrate", "paused", "prelaunch", "shutdown"})
@@ -61,16 +66,18 @@ class Ram:
 class Session:
     """One session of lanes, from `qpc-connect` on.
 
-    :ivar push_held: it serves, and its push waits for `qpc-push`.
+    :ivar push: held back until `qpc-push`, or begun; none of both before it serves.
     :ivar pushing: the push loops that are not done yet, begun or not.
+    :ivar watch: looks for the commit while the push is held.
     """
 
     lanes: Lanes
     threads: LaneThreads
     serving: bool = False
-    push_held: bool = False
+    push: Literal["none", "held", "begun"] = "none"
     reported: bool = False
     pushing: set[str] = field(default_factory=set)
+    watch: asyncio.Task[None] | None = None
 
 
 class PageServer(Companion):
@@ -157,18 +164,20 @@ class PageServer(Companion):
             demand = session.lanes.demand.fileno()
             await in_thread(core.receive_have, demand, HAVE_MS)
             self._start_loops(core, session)
-            session.push_held = True
             if arguments.push:
                 self._start_push(core, session)
+            else:
+                self._hold_push(session)
         return schema.Empty()
 
     async def qpc_push(self, _: schema.Push) -> schema.Empty:
-        """See schema.Push."""
+        """See schema.Push. Idempotent."""
         async with self._changing:
             session, core = self._session, self._core
-            if core is None or session is None or not session.push_held:
-                raise WrongStateError("qpc-push needs lanes that serve and do not push yet")
-            self._start_push(core, session)
+            if core is None or session is None or session.push == "none":
+                raise WrongStateError("qpc-push needs lanes that serve: qpc-serve first")
+            if session.push == "held":
+                self._start_push(core, session)
         return schema.Empty()
 
     async def qpc_stats(self, _: schema.Empty) -> schema.SourceStats:
@@ -200,7 +209,7 @@ class PageServer(Companion):
         try:
             status = await self.query_status(_STATUS_SECONDS)
         except QpostcopyError:
-            if not (self.options.state_dir / "committed").exists():
+            if not self._is_committed():
                 raise
             log.warning("the source does not answer; it was stopped at the commit")
             return
@@ -243,10 +252,25 @@ class PageServer(Companion):
 
     @staticmethod
     def _start_push(core: SourceCore, session: Session) -> None:
-        session.push_held = False
+        session.push = "begun"
         for index, sock in enumerate(session.lanes.push):
             run = partial(core.run_push, sock.fileno(), index)
             session.threads.start(_push_name(index), run)
+
+    def _hold_push(self, session: Session) -> None:
+        session.push = "held"
+        session.watch = asyncio.create_task(self._push_after_commit(session))
+        self.spawn(session.watch)
+
+    async def _push_after_commit(self, session: Session) -> None:
+        """The guest needs its pages though a controller that died will not send `qpc-push`."""
+        while not self._is_committed():  # noqa: ASYNC110 - a file of another process
+            await asyncio.sleep(COMMIT_LOOK_SECONDS)
+        await asyncio.sleep(PUSH_BY_ITSELF_SECONDS)
+        async with self._changing:
+            if session.push == "held" and self._session is session and self._core is not None:
+                log.warning("the commit is on disk, and no qpc-push came: the push begins")
+                self._start_push(self._core, session)
 
     def _stop_core(self) -> None:
         if self._core is not None:
@@ -256,6 +280,8 @@ class PageServer(Companion):
         session, self._session = self._session, None
         self._stop_core()
         if session is not None:
+            if session.watch is not None:
+                session.watch.cancel()
             await session.threads.join()
             session.lanes.close()
         if self._core is not None:

@@ -379,10 +379,6 @@ class Handler(Companion):
 
     # --- guards -------------------------------------------------------------------------------
 
-    def _is_committed(self) -> bool:
-        """The controller's record of the commit: after it, this RAM is a guest's."""
-        return (self.options.state_dir / "committed").exists()
-
     @staticmethod
     def _commit(attachment: Attachment) -> None:
         attachment.core.commit()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from qpostcopy.errors import QpostcopyError, UsageError
 from qpostcopy.lanes import Lanes, LaneThreads
 from qpostcopy.qmp import schema
 from qpostcopy.qmp.client import RemoteError
+from qpostcopy.source import server as server_module
 from qpostcopy.source.server import PageServer, Session
 from qpostcopy.trace import Trace, TracedBlock, encode
 from tests.companions import MIB, Pair, assert_same_ram, connected, fill, memfd_backends, vm_pair
@@ -105,10 +108,32 @@ def test_a_push_can_wait() -> None:
                 assert (await pair.handler_stats()).push_pages == 0
                 await client.call("qpc-push", schema.Push(), schema.Empty)
                 await placed.get(30)
-            with pytest.raises(RemoteError, match="do not push yet"):
-                await client.call("qpc-push", schema.Push(), schema.Empty)
+            await client.call("qpc-push", schema.Push(), schema.Empty)  # it has: no matter
             await pair.detach()
             assert_same_ram(pair)
+
+    with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
+        asyncio.run(body(pair))
+
+
+def test_a_push_that_nobody_asks_for_begins_after_the_commit() -> None:
+    """The controller was killed right after `cont`."""
+
+    async def body(pair: Pair) -> None:
+        async with asyncio.timeout(SECONDS), connected(pair):
+            await pair.start()
+            fill(pair.source_vm.ram_fd("ram0"), 32 * MIB, b"s")
+            await pair.attach()
+            await pair.open_lanes()
+            with pair.handler.client.subscribe("QPC_PLACED") as placed:
+                await pair.serve(push=False)
+                (pair.state_dir / "committed").touch()
+                await placed.get(30)
+            # Too late, and no error.
+            await pair.page_server.client.call("qpc-push", schema.Push(), schema.Empty)
+            await pair.detach()
+            assert_same_ram(pair)
+            assert pair.page_server.log.count("the push begins") == 1
 
     with private_directory() as directory, vm_pair(directory, memfd_backends(32 * MIB)) as pair:
         asyncio.run(body(pair))
@@ -287,6 +312,58 @@ def test_a_session_does_not_wait_for_the_scan(tmp_path: Path) -> None:
         assert core.scans == 1
         await server.close_service()
         assert core.said[2:] == ["reset", "scan ended", "closed"]
+
+    asyncio.run(body())
+
+
+@contextlib.asynccontextmanager
+async def held_back(path: Path, core: FakeCore) -> AsyncIterator[tuple[PageServer, Session]]:
+    """A page server that serves and does not push; no lanes for pages to push."""
+    server = PageServer(Options(path / "qmp", os.getpid(), "m-1", path, path / "s"))
+    server._core = core  # type: ignore[assignment]
+    ours, theirs = socket.socketpair()
+    with theirs:
+        session = server._session = Session(Lanes(ours, ()), LaneThreads(server._on_loop_end))
+        server._hold_push(session)
+        yield server, session
+        await server.close_service()
+
+
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "COMMIT_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(server_module, "PUSH_BY_ITSELF_SECONDS", 0.0)
+
+
+def test_no_push_by_itself_before_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickly(monkeypatch)
+
+    async def body() -> None:
+        async with held_back(tmp_path, FakeCore()) as (_, session):
+            assert session.watch is not None
+            done, _ = await asyncio.wait([session.watch], timeout=0.1)
+            assert not done
+            assert session.push == "held"
+            (tmp_path / "committed").touch()
+            await session.watch
+            assert session.push == "begun"
+
+    asyncio.run(body())
+
+
+def test_the_watch_ends_with_its_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quickly(monkeypatch)
+
+    async def body() -> None:
+        async with held_back(tmp_path, FakeCore()) as (server, session):
+            assert session.watch is not None
+            async with server._changing:
+                await server._end_session()
+            with pytest.raises(asyncio.CancelledError):
+                await session.watch
+            (tmp_path / "committed").touch()
+            assert session.push == "held"
 
     asyncio.run(body())
 
