@@ -224,12 +224,15 @@ class Controller:
 
         :raise ContRefusedError: it arrived, and was refused.
         """
-        try:
-            await run_steps(self._migration, COMMIT)
-        except ContRefusedError:
-            raise
-        except QpostcopyError as error:
-            return f"starting the guest: {error}"
+        for step in COMMIT:
+            try:
+                await run_steps(self._migration, (step,))
+            except ContRefusedError:
+                raise
+            except QpostcopyError as error:
+                problem = f"{step.__name__.replace('_', ' ')}: {error}"
+                log.warning("after the commit: %s", problem)
+                return problem
         return ""
 
     # --- what others see ------------------------------------------------------------------

@@ -159,19 +159,26 @@ def make_result(migration: Migration, outcome: Outcome) -> Result:
 
 
 def _counters(migration: Migration, now: float) -> dict[str, object]:
-    """What the handler counted; nothing if it never served."""
-    stats, served = migration.stats, migration.state.served_seconds
-    if stats is None or served is None:
+    """What the handler counted; nothing if it was never asked."""
+    stats = migration.stats
+    if stats is None:
         return {}
-    placed = (s.start_seconds for s in migration.state.phases if s.name is Phase.COMPLETE)
-    push_seconds = max(next(placed, now) - served, 1e-3)
     return {
         "pages": page_counts(stats),
         "bytes": byte_counts(stats),
         "faults": stats.faults,
-        "push_bytes_per_second": stats.push_bytes / push_seconds,
+        "push_bytes_per_second": _push_bytes_per_second(migration, stats, now),
         "trace": _trace(migration, stats),
     }
+
+
+def _push_bytes_per_second(migration: Migration, stats: HandlerStats, now: float) -> float:
+    """From its start to the last page; 0 if we did not begin it."""
+    began = migration.state.served_seconds
+    if began is None:
+        return 0.0
+    placed = (s.start_seconds for s in migration.state.phases if s.name is Phase.COMPLETE)
+    return stats.push_bytes / max(next(placed, now) - began, 1e-3)
 
 
 def _trace(migration: Migration, stats: HandlerStats) -> TraceReport | None:

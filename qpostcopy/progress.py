@@ -51,7 +51,8 @@ class Meter:
     ) -> Progress:
         """The progress now. Each call moves the rates on.
 
-        :param served_seconds: when the first page could arrive: the first rates count from there.
+        :param served_seconds: when the push began, if it is known: the first rates count from
+            there.
         """
         total = stats.total_pages * PAGE_BYTES
         left = stats.remaining_pages * PAGE_BYTES

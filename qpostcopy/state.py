@@ -113,7 +113,7 @@ class MigrationState(Model):
     unshared_bytes: int = 0
     stopped_seconds: float | None = None
     resumed_seconds: float | None = None
-    #: the page server began to push, or, before that, to answer
+    #: the page server began to push
     served_seconds: float | None = None
     #: the destination may have been told `cont`: its guest may have run
     cont_sent: bool = False

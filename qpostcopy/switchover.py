@@ -165,6 +165,12 @@ async def serve_pages(migration: Migration, *, push: bool) -> None:
     await migration.source.call(
         "qpc-serve", schema.ServePages(push=push), schema.Empty, COMMAND_SECONDS
     )
+    if push:
+        _note_push(migration)
+
+
+def _note_push(migration: Migration) -> None:
+    """The push has begun; by new lanes, later, it only goes on."""
     if migration.state.served_seconds is None:
         migration.directory.note(served_seconds=now_seconds())
 
@@ -326,7 +332,7 @@ async def start_push(migration: Migration) -> None:
     fails, whoever repairs opens lanes that push at once.
     """
     await migration.source.call("qpc-push", schema.Push(), schema.Empty, COMMAND_SECONDS)
-    migration.directory.note(served_seconds=now_seconds())
+    _note_push(migration)
 
 
 def note_resumed(migration: Migration, mark: int) -> None:

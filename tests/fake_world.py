@@ -71,6 +71,8 @@ class World:
         self.remaining_bytes = 0
         self.kill_works = True
         self.was_running = running
+        #: of each qpc-serve of the source: whether it is to push at once
+        self.pushes: list[bool] = []
         #: whose network namespace is gone
         self.without_network: set[str] = set()
         #: what hangs: a companion that lives and says nothing, until `ensure` replaces it
@@ -333,7 +335,9 @@ class FakeSide:
     def do_qpc_committed(self, _: Mapping[str, Any]) -> object:
         return schema.Empty()
 
-    def do_qpc_serve(self, _: Mapping[str, Any]) -> object:
+    def do_qpc_serve(self, arguments: Mapping[str, Any]) -> object:
+        if self.role == "source":
+            self.world.pushes.append(arguments["push"])
         if self.role == "destination" and self.world.placed_at_once:
             self.world.event("destination", "QPC_PLACED")
         return schema.Empty()

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from qpostcopy.controller import AbortRefusedError, Controller
-from qpostcopy.errors import OutcomeUnknownError
+from qpostcopy.errors import OutcomeUnknownError, QpostcopyError
+from qpostcopy.migration import now_seconds
+from qpostcopy.qmp.client import RemoteError
 from qpostcopy.qmp.connection import CommandError
 from qpostcopy.state import StateDirectory
 from tests.controller_runs import (
@@ -121,6 +123,43 @@ def test_a_cont_that_is_never_answered_ends_interrupted(world: World, tmp_path: 
     assert run.ended == ("interrupted", 10, "destination")
     assert world.got("source", "cont") == 0
     assert not any(side.quits for side in world.sides.values())
+
+
+@pytest.mark.parametrize(
+    ("role", "command", "error", "told"),
+    [
+        ("source", "qpc-push", RemoteError("qpc-push", "CoreError", "no", None), "start push: "),
+        ("source", "qpc-push", OutcomeUnknownError("qpc-push: no reply"), "start push: "),
+        ("destination", "qpc-committed", OutcomeUnknownError("no reply"), "announce commit: "),
+    ],
+)
+def test_a_push_that_does_not_begin_costs_one_repair(
+    world: World,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    role: str,
+    command: str,
+    error: QpostcopyError,
+    told: str,
+) -> None:
+    """Whether it failed itself or was not come to: new lanes push at once."""
+    failed_seconds: list[float] = []
+
+    def fail_once(world: World, act: Act) -> object:
+        if failed_seconds:
+            return act()
+        failed_seconds.append(now_seconds())
+        raise error
+
+    world.faults[role, command] = fail_once
+    run = migrate(start(tmp_path))
+    assert run.ended == ("completed", 0, "destination")
+    assert world.pushes == [False, True]
+    assert world.got("destination", "cont") == 1
+    assert [text for text in caplog.messages if text.startswith(f"after the commit: {told}")]
+    began_seconds = run.directory.state.served_seconds
+    assert began_seconds is not None
+    assert began_seconds > failed_seconds[0]
 
 
 def test_abort_after_the_commit_is_refused(

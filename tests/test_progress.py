@@ -73,7 +73,7 @@ def test_an_empty_vm_divides_nothing_by_zero() -> None:
     assert Meter().measure("postcopy", stats(0, 0), 1.0, None).percent == 0
 
 
-def test_the_first_rate_counts_from_the_start_of_serving() -> None:
+def test_the_first_rate_counts_from_the_start_of_the_push() -> None:
     half = stats(1000, 500)
     measured = Meter().measure("postcopy", half, 12.0, None, served_seconds=10.0)
     assert measured.bytes_per_second == pytest.approx(500 * 4096 / 2)
