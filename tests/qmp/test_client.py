@@ -76,6 +76,28 @@ def test_what_is_at_its_default_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> 
     run(body)
 
 
+def test_the_defaults_that_are_not_sent_stay_what_they_are() -> None:
+    """The far side fills in its own: another one here would mean something else there."""
+    requests = {
+        arguments
+        for table in (schema.HANDLER, schema.PAGE_SERVER, schema.CONTROLLER)
+        for arguments, _ in table.values()
+    }
+    defaults = {
+        (request.__name__, name): field.get_default()
+        for request in requests
+        for name, field in request.model_fields.items()
+        if not field.is_required()
+    }
+    assert defaults == {
+        ("Listen", "device_state"): False,
+        ("Connect", "device_state"): False,
+        ("ServePages", "push"): True,
+        ("Prepare", "push_bytes_per_second"): None,
+        ("Abort", "signal"): None,
+    }
+
+
 def test_an_error_of_ours_comes_back_as_what_it_was() -> None:
     async def body() -> None:
         async with controller_endpoint() as (endpoint, _):
