@@ -131,6 +131,8 @@ class Side:
         self._client: EndpointClient | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._child: subprocess.Popen[bytes] | None = None
+        #: the companion was started by us, and not in its network namespace
+        self._outside = False
 
     @property
     def control(self) -> Path:
@@ -147,18 +149,23 @@ class Side:
 
         :param monitor: one that has lost its QEMU's monitor will not do.
         :param network: it will bring up lanes. A new one that will not need not be in its network
-            namespace, if that is gone: what brings a stopped VM back needs no network.
+            namespace, if that is gone: what brings a stopped VM back needs no network. One that
+            was started so is replaced before lanes.
 
         :raise CompanionStartError: it could not be started.
         :raise RefusedError: it could not get its QEMU's monitor, or into its network namespace.
         """
+        if network and self._outside:
+            await self._replace_outsider()
         if self._client is not None and self._client.connected:
             if await self._answers(self._client, monitor):
                 return False
             await self.hang_up()
         if await self._connect_living(monitor):
             return False
-        await self._start(await self._namespace(network))
+        netns = await self._namespace(network)
+        await self._start(netns)
+        self._outside = netns != self._netns
         return True
 
     async def execute(
@@ -311,6 +318,18 @@ class Side:
             log.warning("the %s is started outside its network namespace: %s", self.name, error)
             return None
         return self._netns
+
+    async def _replace_outsider(self) -> None:
+        """End it, unless it may be the last that has the guest's pages, or there is no better.
+
+        :raise RefusedError: its namespace still cannot be entered.
+        """
+        await asyncio.to_thread(expect_enterable, self._netns)
+        if not self.qemu_alive():
+            return
+        log.info("the %s is started anew, in its network namespace", self.name)
+        await self.quit()
+        self._outside = False
 
     async def _start(self, netns: str | None) -> None:
         ready_read, ready_write = os.pipe2(os.O_CLOEXEC)

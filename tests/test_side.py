@@ -16,7 +16,7 @@ from qpostcopy.process import Process
 from qpostcopy.side import EventBook, Side
 from qpostcopy.state import StateDirectory
 from tests.companions import MIB, CompanionProcess, memfd_backends
-from tests.networks import namespace, namespace_named, namespace_of, remove_namespace
+from tests.networks import ip, namespace, namespace_named, namespace_of, remove_namespace
 from tests.qmp.support import private_directory
 
 
@@ -108,6 +108,13 @@ def test_without_its_network_a_companion_is_good_for_a_way_back_only() -> None:
                 assert await side.ensure(network=False)
                 assert namespace_of(companion_of(directory)) == namespace_of(os.getpid())
                 assert (await side.query("query-status"))["status"] == "prelaunch"
+                with pytest.raises(NetnsAbsentError):
+                    await side.ensure()  # it would bring up lanes
+                ip("netns", "add", name)
+                assert not await side.ensure(network=False)
+                assert await side.ensure()
+                assert namespace_of(companion_of(directory)) == namespace_named(name)
+                assert not await side.ensure()
                 await side.quit()
 
             asyncio.run(body())
