@@ -344,10 +344,10 @@ def test_no_push_by_itself_before_the_commit(
             assert session.watch is not None
             done, _ = await asyncio.wait([session.watch], timeout=0.1)
             assert not done
-            assert session.push == "held"
+            before = str(session.push)
             (tmp_path / "committed").touch()
             await session.watch
-            assert session.push == "begun"
+            assert (before, session.push) == ("held", "begun")
 
     asyncio.run(body())
 
