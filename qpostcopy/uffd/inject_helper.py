@@ -49,6 +49,8 @@ SYS_CLOSE = 3
 SYS_IOCTL = 16
 SYS_USERFAULTFD = 323
 SYS_PIDFD_GETFD = 438
+#: For closing what could not be handed over.
+UNDO_MS = 5000
 #: _IO(USERFAULTFD_IOC, 0) of linux/userfaultfd.h
 USERFAULTFD_IOC_NEW = 0xAA << 8
 
@@ -83,6 +85,10 @@ class Target:
 
     def close(self) -> None:
         os.close(self._pidfd)
+
+    def take_time(self) -> None:
+        """Whoever asked does not wait any more, and what was begun must be undone."""
+        self._deadline_ms = max(self._deadline_ms, UNDO_MS)
 
     def run(self, number: int, *args: int) -> int:
         """The raw result of a system call run by QEMU.
@@ -197,6 +203,7 @@ def obtain(target: Target, lent_fd: int) -> tuple[int, int]:
     try:
         return fd, target.duplicate(fd)
     except AttachError:
+        target.take_time()
         close(target, fd)
         raise
 
@@ -255,6 +262,7 @@ def answer(sock: socket.socket, target: Target, what: str, fd: int) -> None:
         try:
             send(sock, {"value": created}, [copy])
         except OSError:  # whoever asked is gone: leave nothing behind
+            target.take_time()
             close(target, created)
             raise
 

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from qpostcopy.core import CoreSystemError, uffd_api, uffd_register_missing, uffd_unregister
+from qpostcopy.core import (
+    CoreSystemError,
+    inject_syscall,
+    uffd_api,
+    uffd_register_missing,
+    uffd_unregister,
+)
 from qpostcopy.lab.vm import Backend, Vm, VmSpec
 from qpostcopy.process import Process
 from qpostcopy.qmp.monitor import Monitor
 from qpostcopy.qmp.schema import BlockFacts
 from qpostcopy.regions import discover_blocks
-from qpostcopy.uffd import attach
+from qpostcopy.uffd import attach, inject_helper
 from tests.uffd.victims import Victim, storm, victim
 
 pytestmark = pytest.mark.root
@@ -158,6 +166,29 @@ def test_a_late_helper_lives_on_and_leaves_nothing(
         attach.obtain(target.pid, 0.001)
     assert caught.value.remedy
     until_no_helper(target.pid)
+    assert attach.find_userfaultfds(target.pid) == ()
+
+
+def test_what_is_undone_has_time_of_its_own(
+    target: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever gave it a millisecond does not wait any more; the descriptor must go all the same."""
+    process = Process.of(target.pid)
+    assert process is not None
+    deadlines_ms = []
+
+    def inject(pid: int, number: int, args: tuple[int, ...], ms: int, *, start_ticks: int) -> int:
+        deadlines_ms.append(ms)
+        return inject_syscall(pid, number, args, 5000, start_ticks=start_ticks)
+
+    monkeypatch.setattr(inject_helper, "inject_syscall", inject)
+    ours, its = socket.socketpair()
+    ours.close()
+    helper_target = inject_helper.Target(process, 1)
+    with its, contextlib.closing(helper_target), pytest.raises(OSError):
+        inject_helper.answer(its, helper_target, "obtain", -1)
+    gc.collect()
+    assert deadlines_ms == [1, inject_helper.UNDO_MS]
     assert attach.find_userfaultfds(target.pid) == ()
 
 
