@@ -55,6 +55,15 @@ _DEFAULT = _Scope(512, ("service", "kv", "churn"), tuple(Link))
 _QUICK = _Scope(256, ("service",), (Link.LOOPBACK,))
 
 
+_link_option = click.option(
+    "--link",
+    "links",
+    multiple=True,
+    type=click.Choice([link.value for link in Link]),
+    help="[default: both]",
+)
+
+
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--quick", is_flag=True, help="A verdict in five minutes: 256 MiB, service, loopback."
@@ -81,13 +90,7 @@ _QUICK = _Scope(256, ("service",), (Link.LOOPBACK,))
     type=click.Choice(WORKLOADS),
     help="[default: service, kv, churn]",
 )
-@click.option(
-    "--link",
-    "links",
-    multiple=True,
-    type=click.Choice([link.value for link in Link]),
-    help="[default: both]",
-)
+@_link_option
 @click.option(
     "--memory",
     "memory_mib",
@@ -162,13 +165,7 @@ def _expect_no_options(context: click.Context) -> None:
 
 
 @cli.command()
-@click.option(
-    "--link",
-    "links",
-    multiple=True,
-    type=click.Choice([link.value for link in Link]),
-    help="[default: both]",
-)
+@_link_option
 def limits(links: Sequence[Link]) -> None:
     """Measure what this machine can do at best, without QEMU and without any engine."""
     console = _console()
@@ -188,7 +185,7 @@ def report(directory: Path) -> None:
 @cli.command()
 @click.option("--runs", type=click.IntRange(min=3), default=_RUNS, show_default=True)
 def selfcheck(runs: int) -> int:
-    """Check the benchmark itself: ten minutes, and an exit code of 1 if it cannot be trusted.
+    """Check the benchmark itself: some minutes, and an exit code of 1 if it cannot be trusted.
 
     QEMU against QEMU must be equal, and a handler that is slowed by 1 ms a fault on
     purpose must show as that.
@@ -278,6 +275,10 @@ def run(arguments: list[str] | None = None) -> int:
         if error.remedy:
             _tell(f"  remedy: {error.remedy}")
         return error.exit_code
+    except OSError as error:
+        _tell(f"error: {error}")
+        _tell("  remedy: see that there is room and the right to write; --output chooses where")
+        return ExitCode.UNEXPECTED
 
 
 def entry() -> None:

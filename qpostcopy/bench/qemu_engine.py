@@ -26,7 +26,7 @@ from qpostcopy.lab.observer import Observer, ObserverTimeoutError
 
 #: A namespace of our own: any port is free.
 _PORT = 4444
-#: No link is so fast; QEMU 7.2 reads 0 as "nothing may be sent".
+#: No link is so fast.
 _UNLIMITED_BYTES_PER_SECOND = 1 << 40
 _CANCEL_SECONDS = 30.0
 _POSTCOPY_SECONDS = 120.0

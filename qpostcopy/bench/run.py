@@ -83,7 +83,7 @@ class _Play:
         self._wall_offset_s = time.time() - time.monotonic()
 
     def run(self) -> Run:
-        # Until here no engine has done anything that it could be blamed for.
+        # Before the move no engine has done anything that it could be blamed for: that raises.
         self._mover.prepare(self._pair)
         baseline = self._baseline()
         self._note(baseline=baseline)

@@ -36,8 +36,9 @@ _TOLD = tuple(figure for figure in FIGURES if figure.name in ("total_ms", "downt
 
 
 class BenchSession:
-    """:param environments: added to that of our processes, by the label of the cell.
+    """Fills a matrix with runs, and a book with what they saw.
 
+    :param environments: added to that of our processes, by the label of the cell.
     :param tell: called with a line for people.
     """
 
