@@ -23,8 +23,8 @@ from pathlib import Path
 
 from qpostcopy.bench.model import Link
 from qpostcopy.errors import QpostcopyError
+from qpostcopy.netns import DIRECTORY, inside
 
-_NETNS = Path("/run/netns")
 _PREFIX = "qpcbench"
 _INTERFACE = "link0"
 #: A burst of a millisecond: a segment of 64 KiB passes whole. The queue holds 8 ms more.
@@ -50,11 +50,11 @@ class End:
 
     @property
     def netns_path(self) -> Path:
-        return _NETNS / self.netns
+        return DIRECTORY / self.netns
 
     def sent_bytes(self) -> int:
         """What this end's interface has sent so far, headers included."""
-        table = _run("nsenter", f"--net={self.netns_path}", "--", "cat", "/proc/self/net/dev")
+        table = _run(*inside(self.netns), "cat", "/proc/self/net/dev")
         for line in table.splitlines():
             name, _, counters = line.partition(":")
             if name.strip() == self.interface:
@@ -128,7 +128,7 @@ def _check_possible() -> None:
 
 def _sweep() -> None:
     """Remove the namespaces of benchmarks that are dead."""
-    for path in _NETNS.glob(f"{_PREFIX}-*") if _NETNS.is_dir() else ():
+    for path in DIRECTORY.glob(f"{_PREFIX}-*") if DIRECTORY.is_dir() else ():
         match = re.match(rf"{_PREFIX}-(\d+)-", path.name)
         if match and not Path(f"/proc/{match[1]}").exists():
             _run("ip", "netns", "delete", path.name)

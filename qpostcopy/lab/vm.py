@@ -22,6 +22,7 @@ from typing import Self
 
 from qpostcopy.errors import QpostcopyError
 from qpostcopy.lab.observer import Observer, ObserverError, ObserverTimeoutError
+from qpostcopy.netns import inside
 from qpostcopy.vmas import read_vmas
 
 TMPFS = Path("/dev/shm")
@@ -326,9 +327,8 @@ class Vm:
             options += [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
         if options:
             arguments = ["setpriv", *options, "--", *arguments]
-        if self.spec.netns is not None:
-            # First of all: entering takes rights that setpriv may give up.
-            arguments = ["nsenter", f"--net=/run/netns/{self.spec.netns}", "--", *arguments]
+        # First of all: entering takes rights that setpriv may give up.
+        arguments = [*inside(self.spec.netns), *arguments]
 
         def spawn() -> subprocess.Popen[bytes]:
             with self.log_path.open("wb") as log:
